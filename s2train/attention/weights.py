@@ -34,6 +34,8 @@ class Weight:
         split: the dimension that tensor parallel ranks divide in equal parts; None: each rank has the whole.
         std: of normal initial values; None: all are `fill`.
         may_be_missing: whether a checkpoint of which only weights are loaded may lack it; it keeps its initial values.
+        is_gain: whether it scales other values, as a norm's weight does. Weight decay would pull it to 0, and leaves it
+            out as it does Megatron's own gains, which it knows by their one dimension.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Weight:
     std: float | None = None
     fill: float = 0.0
     may_be_missing: bool = False
+    is_gain: bool = False
 
     @property
     def size(self) -> int:

@@ -53,6 +53,8 @@ class Progress:
             0, in any layout.
         masks: digests of the masks that its layout reads, by file; earlier checkpoints have none.
         tokenizer: fingerprint of the tokenizer of its data; None: not recorded.
+        decays_gains: whether weight decay applies to the gains of kinds of attention (`Weight.is_gain`). It did in
+            earlier versions, and the runs that they began keep it: their parameter groups are saved.
     """
 
     step: int
@@ -67,6 +69,7 @@ class Progress:
     auxiliary: dict[str, list[float]] = field(default_factory=dict)
     masks: dict[str, str] = field(default_factory=dict)
     tokenizer: str | None = None
+    decays_gains: bool = True
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")

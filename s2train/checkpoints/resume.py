@@ -92,7 +92,7 @@ def _find_start(cfg: PretrainConfig, masks: dict[str, str], tokenizer: str | Non
             raise ConfigError(
                 "checkpoint.new_data", True, lacking, "Set checkpoint.resume=RUN_DIR too, or leave it out"
             )
-        return Start(None, Progress(0, 0, data_order(cfg), None))
+        return Start(None, Progress(0, 0, data_order(cfg), None, decays_gains=False))
     if problem := damage(checkpoint):
         raise ConfigError("checkpoint.resume", checkpoint, problem, remedy_for_damage(checkpoint, "checkpoint.resume"))
     saved, is_in_run_dir = read_progress(checkpoint, "checkpoint.resume"), is_own(checkpoint, cfg.run_dir)
@@ -122,7 +122,9 @@ def _find_start(cfg: PretrainConfig, masks: dict[str, str], tokenizer: str | Non
     initial = initial_weights(trained, cfg, checkpoint, weights_only)
     if weights_only:
         rotation = [change for change in changes if change.setting in _PHASE_MAY_CHANGE]
-        return Start(checkpoint, Progress(0, 0, data_order(cfg), None), changes=rotation, initial=initial)
+        return Start(
+            checkpoint, Progress(0, 0, data_order(cfg), None, decays_gains=False), changes=rotation, initial=initial
+        )
     _check_frozen_trunk(cfg, trained, saved.step, checkpoint)
     _check_muon(cfg, changes, checkpoint)
     _check_precision(cfg, changes, checkpoint)
@@ -135,7 +137,7 @@ def _find_start(cfg: PretrainConfig, masks: dict[str, str], tokenizer: str | Non
         raise ConfigError(end.setting, last if end.unit == 1 else end.value, problem, remedy)
     if is_new_phase:
         order = data_order(cfg, saved.step)
-        progress = Progress(saved.step, 0, order, None, first_step=saved.step)
+        progress = Progress(saved.step, 0, order, None, first_step=saved.step, decays_gains=saved.decays_gains)
         return Start(checkpoint, progress, saved.rng_ranks, changes)
     order = data_order(cfg, saved.first_step)
     if cfg.data.num_samples is None:  # keep the order even if the run's length changed

@@ -10,6 +10,8 @@ from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_shar
 from s2train.attention.random_numbers import stateless_seed
 from s2train.attention.weights import Weight
 
+GAIN = "is_gain"  # attribute of parameters
+
 
 class KindWeights(torch.nn.Module):
     """Mixin for a `MegatronModule` with `seed`, `layer_number` (from 1) and `tp_group`."""
@@ -27,6 +29,7 @@ class KindWeights(torch.nn.Module):
             if weight.split is not None:
                 part = part.chunk(tp, weight.split)[rank].clone()
             parameter = torch.nn.Parameter(part.to(dtype))
+            setattr(parameter, GAIN, weight.is_gain)
             if weight.split is not None:
                 set_tensor_model_parallel_attributes(parameter, True, weight.split, 1)
             self.register_parameter(weight.name, parameter)

@@ -11,14 +11,21 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer.optimizer_config import ParamKey
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from s2train.config import OptimConfig, PretrainConfig
 from s2train.environment.dtypes import DTYPES
 from s2train.megatron.clipping import replace_stand_ins
+from s2train.megatron.kind_weights import GAIN
 from s2train.megatron.local_optimizer_state import load_only_local_state
 from s2train.megatron.optimizer_state import prepare_to_load
 from s2train.megatron.torch_adam import fuse_on_gpus, prepare_for_checkpoints
@@ -51,30 +58,39 @@ def wrap_data_parallel(
 
 
 def build_optimizer(
-    cfg: PretrainConfig, config: TransformerConfig, chunks: list[DistributedDataParallel]
+    cfg: PretrainConfig,
+    config: TransformerConfig,
+    chunks: list[DistributedDataParallel],
+    *,
+    decays_gains: bool = False,
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """Build the chunks' optimizer and its learning-rate schedule, counted in steps."""
+    """Build the chunks' optimizer and its learning-rate schedule, counted in steps.
+
+    Args:
+        decays_gains: `s2train.checkpoints.folders.Progress.decays_gains`.
+    """
     optim = cfg.optim
     replace_stand_ins()
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer=optim.name,
-            lr=optim.lr,
-            min_lr=optim.lowest_lr,
-            weight_decay=optim.weight_decay,
-            adam_beta1=optim.beta1,
-            adam_beta2=optim.beta2,
-            adam_eps=optim.eps,
-            clip_grad=optim.clip_grad,
-            bf16=config.bf16,
-            params_dtype=DTYPES[cfg.train.precision],
-            use_distributed_optimizer=cfg.parallel.distributed_optimizer,
-            overlap_param_gather=_overlaps_param_gather(cfg),
-            **optim.options,
-            **_offload(optim),
-        ),
-        chunks,
+    settings = OptimizerConfig(
+        optimizer=optim.name,
+        lr=optim.lr,
+        min_lr=optim.lowest_lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.beta1,
+        adam_beta2=optim.beta2,
+        adam_eps=optim.eps,
+        clip_grad=optim.clip_grad,
+        bf16=config.bf16,
+        params_dtype=DTYPES[cfg.train.precision],
+        use_distributed_optimizer=cfg.parallel.distributed_optimizer,
+        overlap_param_gather=_overlaps_param_gather(cfg),
+        **optim.options,
+        **_offload(optim),
     )
+    groups = get_standard_config_overrides(settings)  # what has one dimension does not decay
+    if not decays_gains:
+        groups[ParamKey(attr=GAIN)] = ParamGroupOverride(wd_mult=0.0)
+    optimizer = get_megatron_optimizer(settings, chunks, groups)
     prepare_to_load(optimizer)
     fuse_on_gpus(optimizer)
     prepare_for_checkpoints(optimizer)

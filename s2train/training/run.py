@@ -152,7 +152,7 @@ def _train(
     config.timers = timers if cfg.tracking.timing else None
     models = build_model(cfg, config, hybrid, backend, device)
     chunks = wrap_data_parallel(cfg, config, models)
-    state = TrainingState(chunks, *build_optimizer(cfg, config, chunks))
+    state = TrainingState(chunks, *build_optimizer(cfg, config, chunks, decays_gains=start.progress.decays_gains))
     times.end("model")
     if start.checkpoint is not None:
         watchdog.beat("loading the checkpoint")

@@ -43,7 +43,7 @@ class SeaScorer:
         std = (inputs * _ROWS * _COLUMNS) ** -0.5
         return (
             Weight("kernel_features", (kv, shape.head_dim, self.features), split=0, std=1.0, may_be_missing=True),
-            Weight("sharpness", (kv, 1, 1), split=0, fill=1.0, may_be_missing=True),
+            Weight("sharpness", (kv, 1, 1), split=0, fill=1.0, may_be_missing=True, is_gain=True),
             # no biases: columns and rows outside of the map then stay zero, however large the map is
             Weight("cnn_first", first, split=0, std=std, may_be_missing=True),
             Weight("cnn_second", (kv, self.channels, _ROWS, _COLUMNS), split=0, fill=0.0, may_be_missing=True),
