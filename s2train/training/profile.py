@@ -12,6 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from s2train.config import PretrainConfig
+from s2train.files import set_aside
 from s2train.megatron.core_attention import CausalCoreAttention, cores_of
 from s2train.training.metrics import Tracker
 from s2train.training.profile_table import RANGE, profile_table, read_trace
@@ -71,7 +72,8 @@ class StepProfiler:
     """Traces steps `profile.steps` of a run on `profile.ranks`.
 
     Does nothing on other ranks or without steps. Writes `profile/trace-rank0.json.gz` (for chrome://tracing or
-    ui.perfetto.dev) and `profile/breakdown-rank0.json`.
+    ui.perfetto.dev) and `profile/breakdown-rank0.json`. A run that resumes among the steps traces those that are left;
+    earlier files are renamed.
 
     Args:
         models: models whose attention is annotated.
@@ -81,7 +83,7 @@ class StepProfiler:
     def __init__(self, cfg: PretrainConfig, models: Sequence[torch.nn.Module], tracker: Tracker) -> None:
         self._rank, self._written_s = torch.distributed.get_rank(), 0.0
         first, last = cfg.profile.steps if cfg.profile.steps and self._rank in cfg.profile.ranks else (0, -1)
-        self._steps = range(first, last + 1)
+        self._steps = self._traced = range(first, last + 1)
         self._models, self._tracker = models, tracker
         self._folder = Path(cfg.run_dir) / "profile"
         self._running: contextlib.ExitStack | None = None
@@ -109,11 +111,12 @@ class StepProfiler:
 
     def _start(self, number: int) -> None:
         warmup = int(number < self._steps[0])  # otherwise the profiler's own start-up would count as the step's time
+        self._traced = range(number + warmup, self._steps[-1] + 1)
         self._running = contextlib.ExitStack()
         self._running.enter_context(attention_ranges(self._models))
         self._profiler = profile(
             activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])],
-            schedule=schedule(wait=0, warmup=warmup, active=self._steps[-1] - number + 1 - warmup, repeat=1),
+            schedule=schedule(wait=0, warmup=warmup, active=len(self._traced), repeat=1),
             on_trace_ready=self._write,
         )
         self._running.enter_context(self._profiler)
@@ -121,11 +124,14 @@ class StepProfiler:
     def _write(self, profiler: profile) -> None:
         started = time.perf_counter()
         self._folder.mkdir(parents=True, exist_ok=True)
-        trace = self._folder / f"trace-rank{self._rank}.json.gz"
+        trace, breakdown = (self._folder / f"{name}-rank{self._rank}.json" for name in ("trace", "breakdown"))
+        trace = trace.with_suffix(".json.gz")
+        for path in (trace, breakdown):
+            set_aside(path)
         profiler.export_chrome_trace(str(trace))
         found = profile_table(read_trace(trace))
-        (self._folder / f"breakdown-rank{self._rank}.json").write_text(json.dumps(asdict(found), indent=1) + "\n")
-        steps = f"{self._steps[0]} to {self._steps[-1]}"
-        self._tracker.event("profile", traced=list(self._steps), **asdict(found))
+        breakdown.write_text(json.dumps(asdict(found), indent=1) + "\n")
+        steps = f"{self._traced[0]} to {self._traced[-1]}"
+        self._tracker.event("profile", traced=list(self._traced), **asdict(found))
         self._tracker.note(f"where the time of steps {steps} went ({found.device})\n{found.format()}\ntrace {trace}")
         self._written_s += time.perf_counter() - started

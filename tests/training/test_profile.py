@@ -36,6 +36,17 @@ def test_chosen_steps_are_traced_and_their_time_broken_down(tmp_path: Path) -> N
     assert names.count("s2train: attention s2 forward") == 2 * 2 * 2 * 3
 
 
+def test_a_run_that_resumes_among_the_steps_says_which_it_traced(tmp_path: Path) -> None:
+    assert pretrain(tmp_path, "train.steps=4", "train.exit_step=2", processes=0).status == 0
+    earlier = tmp_path / "profile" / "breakdown-rank0.json"
+    earlier.parent.mkdir()
+    earlier.write_text("{}")
+    done = pretrain(tmp_path, "train.steps=4", "profile.steps=[2,4]", UNSAVED, processes=0)
+    assert "where the time of steps 3 to 4 went" in done.out
+    assert json.loads(earlier.read_text())["steps"] == 2
+    assert earlier.with_name("breakdown-rank0.1.json").read_text() == "{}"
+
+
 def test_only_chosen_ranks_write_traces(tmp_path: Path) -> None:
     done = pretrain(
         tmp_path, "train.steps=2", "optim.warmup_steps=1", "profile.steps=[1,2]", "profile.ranks=[1]", processes=2
