@@ -66,6 +66,7 @@ class Interval:
         auxiliary: auxiliary losses of the same steps, by column and layer.
         steps, samples: steps run by this process, and their samples.
         paused: seconds spent evaluating and saving, which don't count as step time.
+        timed_from: first step run by this process, if losses include those before a resume; else None.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -74,6 +75,7 @@ class Interval:
     samples: int = 0
     started: float = field(default_factory=time.perf_counter)
     paused: float = 0.0
+    timed_from: int | None = None
 
     def take_step(self, loss: float, auxiliary: dict[str, float]) -> None:
         """Count the losses of a step that changed the weights."""
@@ -143,7 +145,8 @@ class Trainer:
         batches, size = self._batches(self.train_set, consumed, stop), batch_size(cfg.train, consumed)
         self.loss_history = LossHistory(**progress.health)
         earlier = {name: list(values) for name, values in progress.auxiliary.items()}
-        interval, saved = Interval(list(progress.losses), earlier), None
+        interval = Interval(list(progress.losses), earlier, timed_from=first if progress.losses else None)
+        saved: Path | None = None
         profiler = StepProfiler(cfg, self.state.chunks, self.tracker)
         is_save_due = False
         for step in range(first, last + 1):
@@ -336,6 +339,7 @@ class Trainer:
             mfu=flops / self.speed.peak_flops if self.speed.peak_flops else None,
             memory_gib=torch.cuda.max_memory_allocated() / GIB,
             eta_s=(stop - consumed) * length / tokens_per_s,
+            timed_from=interval.timed_from,
             held_out_loss_by_position=None if held_out is None else held_out.by_position,
             held_out_short=None if held_out is None else held_out.short,
             held_out_long=None if held_out is None else held_out.long,

@@ -55,6 +55,8 @@ class StepMetrics:
         mfu: model_tflops over the device's dense peak; None if the peak is unknown.
         skipped: steps of the whole run skipped because the loss or gradient was not finite.
         held_out_loss_by_position, held_out_short, held_out_long: see `s2train.training.loss_by_position.HeldOut`.
+        timed_from: in the first report after a resume, the first step of its times and rates, if its losses include
+            earlier ones; else None.
         eta_s: seconds to the last step of this job, which `train.exit_step` may set.
         auxiliary: losses and values of kinds of attention, by `s2train.training.auxiliary_losses`' names.
         memory_gib: peak memory allocated on this rank's device; 0 on a CPU.
@@ -76,6 +78,7 @@ class StepMetrics:
     held_out_short: float | None = None
     held_out_long: float | None = None
     skipped: int = 0
+    timed_from: int | None = None
     auxiliary: dict[str, float] = field(default_factory=dict)
 
     def values(self) -> dict[str, Any]:
@@ -95,6 +98,7 @@ class StepMetrics:
         The loss of the positions from START on is `validation/loss_at/START`.
         """
         values = self.values()
+        values.pop("timed_from", None)
         for name in column_means(self.auxiliary):
             values[f"train/{name}"] = values.pop(name)
             values |= {f"train/{name}/layer_{layer}": value for layer, value in values.pop(f"{name}_by_layer").items()}
@@ -109,6 +113,7 @@ class StepMetrics:
             steps: steps of the whole run.
             last_step: step at which this job ends, to which the ETA counts.
         """
+        since = "" if self.timed_from is None else f" from step {self.timed_from}"
         parts = [f"step {self.step:>{len(str(steps))}}/{steps}", f"loss {self.loss:.4f}"]
         parts += [f"{name} {_rounded(value)}" for name, value in column_means(self.auxiliary).items()]
         if self.held_out_loss is not None:
@@ -116,7 +121,7 @@ class StepMetrics:
         parts += [
             f"lr {self.lr:.2e}",
             f"grad norm {self.grad_norm:.3f}",
-            f"{self.step_time_s * 1e3:,.0f} ms/step",
+            f"{self.step_time_s * 1e3:,.0f} ms/step{since}",
             f"{self.tokens_per_s:,.0f} tokens/s",
             f"{self.model_tflops:.3g} TFLOP/s",
         ]

@@ -14,12 +14,14 @@ class Curves:
 
     Attributes:
         resumed: steps after which the run was resumed.
+        begins_after: steps of another run, whose checkpoint this one continues; 0 if it began itself.
         batches: (steps done, tokens of each step from then on), oldest first; empty if the file doesn't record them.
     """
 
     train: dict[int, float] = field(default_factory=dict)
     held_out: dict[int, float] = field(default_factory=dict)
     resumed: list[int] = field(default_factory=list)
+    begins_after: int = 0
     batches: list[tuple[int, int]] = field(default_factory=list)
 
     @property
@@ -78,6 +80,7 @@ def read_curves(metrics: Path) -> Curves:
     """
     curves = Curves()
     size: int | None = None
+    starts = 0
     for record in read_records(metrics):
         step = record.get("step")
         size = record.get("tokens_per_step", size)
@@ -85,7 +88,10 @@ def read_curves(metrics: Path) -> Curves:
             curves.batches = [(0, size)]
         if record.get("event") == "batch size":
             curves.batches.append((record["step"], record["tokens_per_step"]))
+        starts += record.get("event") == "config"
         if record.get("event") == "resume":
+            if starts == 1:  # the folder's first start
+                curves.begins_after = record["step"]
             curves.resumed.append(record["step"])
             if size is not None:  # recorded just before the resume
                 earlier = [batch for batch in curves.batches if batch[0] < record["step"]]

@@ -22,6 +22,7 @@ from s2train.kernels.attention import resolve_backend
 from s2train.megatron.layer_backends import Backend, own_capability
 from s2train.megatron.optimizer_state import implementations
 from s2train.training.metrics import Tracker
+from s2train.training.records import read_curves
 from s2train.training.run_settings import write_settings
 from s2train.wandb_run import say
 
@@ -55,12 +56,15 @@ def report_end(cfg: PretrainConfig, saved: Path | None, picture: Path | None) ->
     from s2train.training.plots import draw_loss_curve  # matplotlib: slow, and the start needs no curve
 
     train, curve, baseline = cfg.train, loss_curve_of(cfg), _unigram_baseline(cfg)
-    draw_loss_curve(Path(cfg.run_dir) / "metrics.jsonl", curve, baseline, title=cfg.model.name)
+    metrics = Path(cfg.run_dir) / "metrics.jsonl"
+    draw_loss_curve(metrics, curve, baseline, title=cfg.model.name)
+    begins_after = read_curves(metrics).begins_after
+    covered = f" from step {begins_after + 1}" if begins_after else ""
     if baseline is not None:
         say(f"unigram entropy of the data: {baseline:.4f} nats per token, the best loss without any context")
     say(
         f"{'finished' if train.last_step == train.steps else 'stopped'} at step {train.last_step} of {train.steps}"
-        f" | checkpoint {saved or 'none'} | loss curve {curve}" + (f" | layout {picture}" if picture else "")
+        f" | checkpoint {saved or 'none'} | loss curve {curve}{covered}" + (f" | layout {picture}" if picture else "")
     )
 
 

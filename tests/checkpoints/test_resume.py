@@ -71,6 +71,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert trace(stopped)[2] == uninterrupted[2]
 
 
+def test_reports_after_a_resume_name_the_steps_that_they_cover(stopped: Path, tmp_path: Path) -> None:
+    resumed = pretrain(tmp_path, STEPS, REPORTS, UNSAVED, f"checkpoint.resume={stopped}", processes=0)
+    assert resumed.status == 0, resumed.err
+    assert [record.get("timed_from") for record in metrics(tmp_path)] == [4, None]  # the first has step 3's loss too
+    assert " ms/step from step 4 | " in resumed.out
+    assert f"loss curve {tmp_path / 'loss.png'} from step 4" in resumed.out
+
+
 BUDGET = ["train.tokens=6144", "optim.warmup_tokens=2048"]  # six steps of 8 × 128 tokens, two of them warm-up
 
 

@@ -39,8 +39,8 @@ def test_wandb_groups_the_values_of_a_report_by_section() -> None:
     assert (row["validation/loss_at/0"], row["validation/loss_at/64"]) == (3.0, 2.0)
     sections = {key.partition("/")[0] for key in row}
     assert sections == {"step", "data", "train", "validation", "perf"}
-    # every field: the loss by position under two keys, and no column of a kind of attention
-    assert len(row) == len(fields(StepMetrics)) - 2 + 2
+    # every field: the loss by position under two keys, and neither a column of a kind of attention nor `timed_from`
+    assert len(row) == len(fields(StepMetrics)) - 3 + 2
 
 
 def test_rows_and_pictures_are_logged_at_the_same_step_and_tokens(
