@@ -36,6 +36,7 @@ from s2train.comparison.runs import environment
 from s2train.environment.hardware import detect_own
 from s2train.errors import ConfigError, TrainingError
 from s2train.files import check_writable, output_stem, replacing, write_json
+from s2train.scaling import speed
 from s2train.scaling.jobs import Runner, rank_environment
 from s2train.scaling.launchers import Launcher, by_fork, by_torchrun, forks_problem
 from s2train.scaling.long_steps import Request, long_steps
@@ -43,7 +44,6 @@ from s2train.scaling.parity import VARIANTS, parity
 from s2train.scaling.recorded import Recorded
 from s2train.scaling.report import lines
 from s2train.scaling.resumption import resumption
-from s2train.scaling.speed import speed
 
 # A part yields its results so far after each run, or gives them at its end.
 Part = Callable[[], dict[str, Any] | Iterator[dict[str, Any]]]
@@ -51,6 +51,7 @@ Part = Callable[[], dict[str, Any] | Iterator[dict[str, Any]]]
 PARTS = ("parity", "resume", "scaling", "cp_bytes", "balance", "long")
 # Options that may differ when a command resumes: they say what to run when, and change no result.
 WHEN = ("output", *PARTS, "parity_at_once", "timeout", "launcher")
+_POSITIVE = ("parity_at_once", "seq_length", "sequences", "micro_batch", "attention_length", "long_layers", "timeout")
 
 
 def scaling(given: argparse.Namespace) -> None:
@@ -79,10 +80,12 @@ def scaling(given: argparse.Namespace) -> None:
     request = Request(
         given.long_size, given.long_lengths, given.long_agreement, given.long_layers, given.long_seconds, given.settings
     )
+    divisions = None if given.divisions is None else tuple(given.divisions)
+    wanted = speed.Request(tuple(given.models), given.seq_length, given.sequences, given.micro_batch, divisions)
     parts: dict[str, Part] = {
         "parity": lambda: parity(runner, given.parity_model, length, given.parity_at_once),
         "resume": lambda: resumption(runner, given.parity_model),
-        "scaling": lambda: speed(runner, tuple(given.models), given.seq_length, given.sequences),
+        "scaling": lambda: speed.speed(runner, wanted),
         "cp_bytes": lambda: runner.worker("s2train.scaling.exchange", "cp-bytes", *length),
         "balance": lambda: runner.worker("s2train.scaling.balance", "balance", *length),
         "long": lambda: long_steps(runner, request, detect_own()),
@@ -121,9 +124,17 @@ def _check(given: argparse.Namespace) -> None:
         for model in models:
             if model not in known:
                 raise ConfigError(option, model, "unknown model", f"There are {', '.join(known)}")
-    for name in ("parity_at_once", "seq_length", "sequences", "attention_length", "long_layers", "timeout"):
+    divisions = speed.known_divisions(given.gpus)
+    for division in given.divisions or ():
+        if division not in divisions:
+            problem = f"unknown division of {given.gpus} GPUs"
+            raise ConfigError("--divisions", division, problem, f"There are {', '.join(divisions)}")
+    for name in _POSITIVE:
         if (value := getattr(given, name)) is not None and value <= 0:
             raise ConfigError(f"--{name.replace('_', '-')}", value, "is too small", "Set a positive number")
+    if given.sequences % given.micro_batch:
+        problem = f"doesn't divide --sequences={given.sequences}"
+        raise ConfigError("--micro-batch", given.micro_batch, problem, "Set a divisor of it")
 
 
 def _resumed(given: Path, path: Path, runs: Path, asked: dict[str, Any]) -> dict[str, Any]:
@@ -189,6 +200,10 @@ def main() -> None:
     parser.add_argument(
         "--sequences", type=int, default=2, help="sequences per step of --scaling; with data parallel, per GPU"
     )
+    parser.add_argument(
+        "--micro-batch", type=int, default=1, help="sequences of --scaling that go through a GPU at once"
+    )
+    parser.add_argument("--divisions", nargs="+", help="those of --scaling, such as one cp4; default: all")
     parser.add_argument("--attention-length", type=int, help="tokens of attention-only measurements")
     parser.add_argument("--long-size", default="7b", help="model size of --long: SIZE_hybrid and SIZE_dense")
     parser.add_argument(

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from s2train.scaling.jobs import Job, Outcome, Runner
@@ -32,27 +33,54 @@ DIVISIONS: dict[int, dict[str, tuple[tuple[str, ...], float | None]]] = {
 }
 
 
-def speed(runner: Runner, models: tuple[str, ...], seq_length: int, sequences: int) -> Iterator[dict[str, Any]]:
+ALONE = "one"  # the division of a single device, which efficiencies refer to
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure.
+
+    Attributes:
+        models: of conf/model.
+        seq_length: tokens of a sequence.
+        sequences: of a step, for each data parallel rank.
+        micro_batch: sequences that go through a device at once.
+        divisions: names in `DIVISIONS`, and `ALONE`; None: all that the devices allow.
+    """
+
+    models: tuple[str, ...]
+    seq_length: int
+    sequences: int
+    micro_batch: int = 1
+    divisions: tuple[str, ...] | None = None
+
+
+def known_divisions(devices: int) -> dict[str, tuple[int, tuple[str, ...]]]:
+    """Return the devices and settings of each division of up to `devices` devices, by name."""
+    found: dict[str, tuple[int, tuple[str, ...]]] = {ALONE: (1, ())}
+    for size, named in DIVISIONS.items():
+        if size <= devices:
+            found |= {name: (size, settings) for name, (settings, _) in named.items()}
+    return found
+
+
+def speed(runner: Runner, request: Request) -> Iterator[dict[str, Any]]:
     """Measure each model with each division on 1, 2, 4, … devices.
 
     Yields the results after each run.
-
-    A step takes `sequences` sequences for each data parallel rank.
     """
-    named = {
-        job.name: (model, division, job)
-        for model in models
-        for division, job in _jobs(runner, model, seq_length, sequences)
-    }
+    models = request.models
+    named = {job.name: (model, division, job) for model in models for division, job in _jobs(runner, model, request)}
     outcomes: dict[str, Outcome] = {}
     for name, outcome in runner.run_each([job for _, _, job in named.values()]):
         outcomes[name] = outcome
         rows: dict[str, Any] = {model: {} for model in models}
         for known, (model, division, job) in named.items():
             if known in outcomes:
-                alone = rows[model].get("one", {}).get("tokens_per_s")
+                alone = rows[model].get(ALONE, {}).get("tokens_per_s")
                 rows[model][division] = summary(outcomes[known], job.processes, alone) | {"goal": _goal(division)}
-        yield {"seq_length": seq_length, "sequences": sequences, "models": rows}
+        shape = {"seq_length": request.seq_length, "sequences": request.sequences, "micro_batch": request.micro_batch}
+        yield {**shape, "models": rows}
 
 
 def summary(outcome: Outcome, processes: int, alone: float | None) -> dict[str, Any]:
@@ -100,21 +128,16 @@ def _goal(division: str) -> float | None:
     return next((named[division][1] for named in DIVISIONS.values() if division in named), None)
 
 
-def _jobs(runner: Runner, model: str, seq_length: int, sequences: int) -> Iterator[tuple[str, Job]]:
+def _jobs(runner: Runner, model: str, request: Request) -> Iterator[tuple[str, Job]]:
     """Yield each division's name and job."""
-    divisions: list[tuple[int, str, tuple[str, ...]]] = [(1, "one", ())]
-    divisions += [
-        (size, name, settings)
-        for size, named in DIVISIONS.items()
-        if size <= runner.devices
-        for name, (settings, _) in named.items()
-    ]
-    for size, name, settings in divisions:
+    for name, (size, settings) in known_divisions(runner.devices).items():
+        if request.divisions is not None and name not in request.divisions:
+            continue
         copies = int(name.rpartition("dp")[2]) if "dp" in name else 1
         common = (
-            f"+model={model}", "data=mock", f"train.seq_length={seq_length}", f"train.steps={_STEPS}",
-            f"train.global_batch_size={sequences * copies}", "train.micro_batch_size=1", "optim.warmup_steps=2",
-            "evaluation.interval=0", "tracking.log_interval=1", f"profile.steps=[{_STEPS},{_STEPS}]",
-            "checkpoint.save=false", "checkpoint.resume=never",
+            f"+model={model}", "data=mock", f"train.seq_length={request.seq_length}", f"train.steps={_STEPS}",
+            f"train.global_batch_size={request.sequences * copies}", f"train.micro_batch_size={request.micro_batch}",
+            "optim.warmup_steps=2", "evaluation.interval=0", "tracking.log_interval=1",
+            f"profile.steps=[{_STEPS},{_STEPS}]", "checkpoint.save=false", "checkpoint.resume=never",
         )  # fmt: skip
         yield name, Job(f"{model} {name}", size, (*common, *settings))

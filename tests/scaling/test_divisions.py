@@ -9,7 +9,7 @@ from s2train.planning import compose_run
 from s2train.scaling.jobs import Runner
 from s2train.scaling.parity import VARIANTS
 from s2train.scaling.recorded import Recorded
-from s2train.scaling.speed import DIVISIONS, speed
+from s2train.scaling.speed import DIVISIONS, Request, speed
 from s2train.validation.division import check_division
 from tests.scaling.fake_ranks import FakeRanks
 
@@ -39,9 +39,13 @@ def test_a_division_is_named_by_what_it_divides(size: int, name: str) -> None:
     assert name == " ".join(f"{kind}{count}" for kind, count in sizes.items() if count > 1)
 
 
+def eight(folder: Path, ranks: FakeRanks) -> Runner:
+    return Runner(folder / "runs", 8, Recorded(folder / "jobs.json"), ranks)
+
+
 def test_speed_of_eight_gpus_measures_every_division_and_yields_after_each(tmp_path: Path) -> None:
     ranks = FakeRanks(RECORDS)
-    found = list(speed(Runner(tmp_path / "runs", 8, Recorded(tmp_path / "jobs.json"), ranks), ("1b_hybrid",), 4096, 2))
+    found = list(speed(eight(tmp_path, ranks), Request(("1b_hybrid",), 4096, 2)))
     counts = [len(result["models"]["1b_hybrid"]) for result in found]
     assert counts == list(range(1, len(counts) + 1))
     rows = found[-1]["models"]["1b_hybrid"]
@@ -53,3 +57,12 @@ def test_speed_of_eight_gpus_measures_every_division_and_yields_after_each(tmp_p
         for name, _, settings in ranks.started
     }
     assert (batches["1b_hybrid-one"], batches["1b_hybrid-dp8"], batches["1b_hybrid-tp4-dp2"]) == ("2", "16", "4")
+
+
+def test_only_the_named_divisions_run_with_the_micro_batch(tmp_path: Path) -> None:
+    ranks = FakeRanks(RECORDS)
+    request = Request(("1b_hybrid",), 4096, 2, micro_batch=2, divisions=("one", "cp4"))
+    *_, last = speed(eight(tmp_path, ranks), request)
+    assert list(last["models"]["1b_hybrid"]) == ["one", "cp4"]
+    assert [name for name, _, _ in ranks.started] == ["1b_hybrid-one", "1b_hybrid-cp4"]
+    assert all("train.micro_batch_size=2" in settings for _, _, settings in ranks.started)

@@ -47,6 +47,8 @@ def test_a_number_of_gpus_without_divisions_is_rejected(tmp_path: Path) -> None:
     [
         (["--parity-at-once", "0"], "--parity-at-once=0: is too small"),
         (["--long-size", "8b"], "--long-size=8b_hybrid: unknown model"),
+        (["--divisions", "cp4"], "--divisions=cp4: unknown division of 2 GPUs. There are one, dp2, cp2, tp2"),
+        (["--micro-batch", "4"], "--micro-batch=4: doesn't divide --sequences=2"),
         (["--models", "1b_hybrid", "1b_hybird"], "--models=1b_hybird: unknown model"),
     ],
 )
