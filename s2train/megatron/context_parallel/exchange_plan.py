@@ -4,6 +4,7 @@ The plan depends only on the layout and is the same on every rank.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -89,6 +90,12 @@ class ExchangePlan:
     def sent_counts(self) -> list[int]:
         """Number of blocks sent to each rank."""
         return [len(heads) for heads, _ in self.sent]
+
+    @cached_property
+    def sent_blocks(self) -> tuple[Tensor, Tensor]:
+        """Return the (KV heads, own blocks) to send to all ranks, in their order."""
+        heads, blocks = (torch.cat(parts) for parts in zip(*self.sent, strict=True))
+        return heads, blocks
 
     @property
     def own_blocks(self) -> int:

@@ -43,16 +43,16 @@ class Exchange(ABC):
     def add(self, total: Tensor, packed: Tensor) -> None:
         """Add gradients of sent rows to `total`, receiver by receiver.
 
-        `total` has the shape that `packed` takes.
+        `total` has the shape that `packed` takes, but keys' gradients and values' are beside each other in it.
         """
 
     @abstractmethod
     def unpacked(self, packed: Tensor) -> Tensor:
-        """Place received rows, ordered by sender."""
+        """Place received rows, ordered by sender; each has a key and its value."""
 
     @abstractmethod
     def repacked(self, x: Tensor) -> Tensor:
-        """Return the rows of the gradient of what `unpacked` returns: its transpose."""
+        """Return the rows of the gradient of placed keys or values: the transpose of `unpacked`."""
 
     def send(self, key: Tensor, value: Tensor) -> Tensor:
         """Start sending this rank's keys and values.
@@ -98,13 +98,13 @@ class KVExchange(Exchange):
         return x.unflatten(0, (-1, self.block_size)).permute(3, 0, 2, 1, 4)
 
     def packed(self, x: Tensor) -> Tensor:
-        heads, blocks = (torch.cat(parts) for parts in zip(*self.plan.sent, strict=True))
-        return self.blocks(x)[heads, blocks]
+        return self.blocks(x)[self.plan.sent_blocks]
 
     def add(self, total: Tensor, packed: Tensor) -> None:
         blocks = self.blocks(total)
-        for where, of_rank in zip(self.plan.sent, packed.split(self.plan.sent_counts), strict=True):
-            blocks[where] += of_rank
+        for where, of_rank in zip(self.plan.sent, packed.split(self.sent_counts), strict=True):
+            if len(of_rank):
+                blocks[where] += of_rank
 
     def unpacked(self, packed: Tensor) -> Tensor:
         plan, num_kv_heads = self.plan, len(self.plan.columns)
@@ -122,7 +122,8 @@ class KVExchange(Exchange):
 class _Send(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, key: Tensor, value: Tensor, exchange: Exchange) -> Tensor:
-        ctx.exchange, ctx.shapes = exchange, (key.shape, value.shape)
+        ctx.exchange, ctx.dims = exchange, (key.shape[-1], value.shape[-1])
+        ctx.shape = (*key.shape[:-1], sum(ctx.dims))
         packed = torch.cat([exchange.packed(x) for x in (key, value)], dim=-1)
         exchange.start(packed, exchange.sent_counts, exchange.received)
         return key.new_empty(0)
@@ -131,22 +132,19 @@ class _Send(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, Tensor, None]:
         packed = ctx.exchange.wait()
-        parts = packed.split([shape[-1] for shape in ctx.shapes], dim=-1)
-        gradients = []
-        for shape, part in zip(ctx.shapes, parts, strict=True):
-            # summed in rank order, so that every run gives the same bits
-            total = packed.new_zeros(shape, dtype=torch.promote_types(packed.dtype, torch.float32))
-            ctx.exchange.add(total, part)
-            gradients.append(total.to(packed.dtype))
-        return gradients[0], gradients[1], None
+        # summed in rank order, so that every run gives the same bits
+        total = packed.new_zeros(ctx.shape, dtype=torch.promote_types(packed.dtype, torch.float32))
+        ctx.exchange.add(total, packed)
+        dkey, dvalue = (part.to(packed.dtype) for part in total.split(ctx.dims, dim=-1))
+        return dkey, dvalue, None
 
 
 class _Receive(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, _: Tensor, dim: int, exchange: Exchange) -> tuple[Tensor, Tensor]:
         ctx.exchange = exchange
-        packed = exchange.wait()
-        key, value = (exchange.unpacked(part) for part in packed.split([dim, packed.shape[-1] - dim], dim=-1))
+        both = exchange.unpacked(exchange.wait())
+        key, value = both.split([dim, both.shape[-1] - dim], dim=-1)
         return key, value
 
     @staticmethod
