@@ -30,3 +30,11 @@ def replace_apex() -> None:
     if not layers._grad_accum_fusion_available:
         layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=_add_product)
         layers._grad_accum_fusion_available = True
+
+
+def add_weight_gradient(gradient: Tensor, inputs: Tensor, doutputs: Tensor) -> None:
+    """Add doutputs^T inputs to an fp32 gradient, as Megatron's linear layers do.
+
+    inputs are [n, in], doutputs [n, out], the gradient [out, in].
+    """
+    layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(inputs, doutputs, gradient)

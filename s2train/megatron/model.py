@@ -23,6 +23,7 @@ from s2train.megatron.gradient_sums import replace_apex
 from s2train.megatron.initial_weights import draw_initial_weights
 from s2train.megatron.layer_backends import Backend, choose_backend, own_capability
 from s2train.megatron.layout_cache import LayoutCache
+from s2train.megatron.overlapped_linear import overlap_communication
 from s2train.megatron.rope_scaling import scale_rotation, set_temperature
 from s2train.megatron.specs import block_spec
 
@@ -146,6 +147,8 @@ def build_model(
             from s2train.megatron.summed_norm import fuse_sums  # not importable where Liger-Kernel is not installed
 
             fuse_sums(chunk.decoder)
+        if cfg.parallel.sequence_parallel and cfg.parallel.tp_comm_chunks > 1:
+            overlap_communication(chunk, cfg.parallel.tp_comm_chunks)
         built.append(chunk.to(device))
     if config.perform_initialization:
         draw_initial_weights(cfg.model, config, cfg.seed, built, device)

@@ -4,7 +4,7 @@ import torch
 
 from s2train.config import PretrainConfig, head_dim
 from s2train.environment.hardware import Hardware
-from s2train.environment.transformer_engine import INSTALL, te_problem
+from s2train.environment.transformer_engine import INSTALL, te_problem, uses_te
 from s2train.errors import ConfigError
 
 # Least compute capability for each recipe.
@@ -17,8 +17,9 @@ def check_te(cfg: PretrainConfig, hardware: Hardware) -> None:
 
     Raises:
         ConfigError: transformer-engine is required, explicitly or by `fp8`, and is missing or broken; the GPU has no
-            FP8; or FP8 GEMMs don't support a dimension.
+            FP8; FP8 GEMMs don't support a dimension; or it doesn't support `parallel.tp_comm_chunks`.
     """
+    _check_chunks(cfg, hardware)
     wants_fp8 = cfg.fp8 != "none"
     if wants_fp8:
         check_fp8_settings(cfg)
@@ -36,11 +37,14 @@ def check_te(cfg: PretrainConfig, hardware: Hardware) -> None:
 
 
 def check_target(cfg: PretrainConfig, hardware: Hardware) -> None:
-    """Check `fp8` for a GPU to plan for, regardless of installed libraries.
+    """Check `layer_backend` and `fp8` for a planned GPU.
+
+    Installed libraries don't matter.
 
     Raises:
-        ConfigError: settings that FP8 doesn't support, or a GPU without it.
+        ConfigError: settings that transformer-engine or FP8 doesn't support, or a GPU without FP8.
     """
+    _check_chunks(cfg, hardware)
     if cfg.fp8 != "none":
         check_fp8_settings(cfg)
         _check_capability(cfg, hardware)
@@ -71,6 +75,13 @@ def check_fp8_settings(cfg: PretrainConfig) -> None:
         if size % unit:
             problem = f"{setting} gives a rank's GEMMs a dimension of {size}, which is not a multiple of {unit}"
             raise ConfigError("fp8", cfg.fp8, problem, f"Change {setting}, or set fp8=none")
+
+
+def _check_chunks(cfg: PretrainConfig, hardware: Hardware) -> None:
+    name, chunks = "parallel.tp_comm_chunks", cfg.parallel.tp_comm_chunks
+    if cfg.parallel.tp > 1 and chunks > 1 and uses_te(cfg, hardware):
+        problem = "transformer-engine's layers don't take it: they have another overlap, which s2train doesn't turn on"
+        raise ConfigError(name, chunks, problem, f"Set layer_backend=local fp8=none, or {name}=1")
 
 
 def _check_capability(cfg: PretrainConfig, hardware: Hardware) -> None:

@@ -1,0 +1,161 @@
+"""Compares linear layers that communicate in chunks with Megatron's; prints errors and the order of calls as JSON.
+
+In separate processes, on CPUs or GPUs.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, checkpoint
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from s2train.config import ModelConfig, ParallelConfig, PretrainConfig, TrainConfig
+from s2train.megatron.gradient_sums import replace_apex
+from s2train.megatron.layer_backends import choose_backend
+from s2train.megatron.model import build_model, transformer_config, unwrap
+from s2train.megatron.overlapped_linear import overlap_communication
+from s2train.megatron.setup import initialize, shutdown
+from tests.inference.cached_models import BLOCK, VOCABULARY, hybrid_of
+
+HIDDEN, INNER, POSITIONS, BATCH = 24, 40, 32, 3  # of all ranks
+CALLS = {
+    "gather": (torch.distributed, "all_gather_into_tensor"),
+    "scatter": (torch.distributed, "reduce_scatter_tensor"),
+    "multiply": (torch, "bmm"),
+    "sum": ("s2train.megatron.overlapped_linear", "add_weight_gradient"),
+}
+
+
+class Pair(nn.Module):
+    """A column-parallel layer, a function of each element, and a row-parallel layer."""
+
+    def __init__(self, ranks: int, fused: bool) -> None:
+        super().__init__()
+        config = TransformerConfig(
+            num_layers=1, hidden_size=HIDDEN, num_attention_heads=4, tensor_model_parallel_size=ranks,
+            sequence_parallel=True, gradient_accumulation_fusion=fused, use_cpu_initialization=True,
+        )  # fmt: skip
+        common = {"config": config, "init_method": nn.init.normal_, "bias": False, "skip_bias_add": True}
+        self.column = ColumnParallelLinear(HIDDEN, INNER, gather_output=False, **common)
+        self.row = RowParallelLinear(INNER, HIDDEN, input_is_parallel=True, **common)
+        self.cuda()  # on a CPU, too, what Megatron takes for one
+        for weight in self.parameters() if fused else ():
+            weight.main_grad = torch.ones_like(weight)
+            weight.grad_added_to_main_grad = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.column(x)[0].sin().transpose(0, 1).contiguous().transpose(0, 1)  # no row follows the one before
+        out: Tensor
+        out, _ = self.row(inner)
+        return out
+
+
+def results(pair: Pair, x: Tensor, dout: Tensor, recompute: bool) -> dict[str, Tensor]:
+    """The output, without gradients too, and all gradients."""
+    x = x.clone().requires_grad_()
+    with torch.no_grad():
+        alone = pair(x)
+    out = checkpoint(pair, False, x) if recompute else pair(x)
+    out.backward(dout)
+    found = {"without gradients": alone, "out": out.detach(), "dx": x.grad}
+    for name, weight in pair.named_parameters():
+        fused = hasattr(weight, "main_grad")
+        assert not fused or weight.grad_added_to_main_grad
+        assert weight.grad is not None  # Megatron's data parallelism waits for it
+        found[name] = weight.main_grad if fused else weight.grad
+    return {name: value for name, value in found.items() if value is not None}
+
+
+@contextmanager
+def recorded() -> Iterator[list[str]]:
+    """A list that gets names of calls, without those of Megatron."""
+    calls: list[str] = []
+
+    def recorder(name: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        calls.append(name)
+        return function(*args, **options)
+
+    patches = []
+    for name, (where, attribute) in CALLS.items():
+        module = sys.modules[where] if isinstance(where, str) else where
+        patches.append(mock.patch.object(module, attribute, partial(recorder, name, getattr(module, attribute))))
+    for patch in patches:
+        patch.start()
+    try:
+        yield calls
+    finally:
+        for patch in patches:
+            patch.stop()
+
+
+def errors(ranks: int, chunks: int, fused: bool, recompute: bool) -> dict[str, float]:
+    """Of each result: the largest relative difference of all ranks."""
+    plain, chunked = Pair(ranks, fused), Pair(ranks, fused)
+    chunked.load_state_dict(plain.state_dict())
+    overlap_communication(chunked, chunks)
+    inputs = torch.randn(2, POSITIONS // ranks, BATCH, HIDDEN, device="cuda")
+    expected, found = (results(pair, *inputs, recompute) for pair in (plain, chunked))
+    assert expected.keys() == found.keys()
+    differences = torch.stack([(found[name] - value).norm() / value.norm() for name, value in expected.items()])
+    torch.distributed.all_reduce(differences, op=torch.distributed.ReduceOp.MAX)
+    return dict(zip(expected, differences.tolist(), strict=True))
+
+
+def order_of_calls(ranks: int, chunks: int) -> list[str]:
+    pair = Pair(ranks, fused=True)
+    overlap_communication(pair, chunks)
+    x = torch.randn(POSITIONS // ranks, BATCH, HIDDEN, device="cuda")
+    column = partial(pair.column, x)
+    row = partial(pair.row, torch.randn(POSITIONS, BATCH, INNER // ranks, device="cuda"))
+    found = []
+    for layer in (column, row):
+        with recorded() as calls:
+            out, _ = layer()
+        found.append(" ".join(calls))
+    with recorded() as calls:
+        out.sum().backward()
+    return [*found, " ".join(calls)]
+
+
+def communicating_in_chunks(ranks: int, chunks: int, device: torch.device) -> list[str]:
+    """Names of a run's linear layers that do."""
+    layout = replace(hybrid_of("hybrid"), layers=hybrid_of("hybrid").layers[:1])
+    model = ModelConfig("test", 1, 64, 96, 4, 2, 16, VOCABULARY)
+    parallel = ParallelConfig(tp=ranks, sequence_parallel=True, tp_comm_chunks=chunks)
+    train = TrainConfig(steps=1, seq_length=8 * BLOCK, global_batch_size=1, precision="fp32")
+    cfg = PretrainConfig(model=model, parallel=parallel, train=train)
+    (chunk,) = build_model(cfg, transformer_config(cfg), layout, choose_backend("local"), device)
+    return [name for name, module in unwrap(chunk).named_modules() if hasattr(module, "chunks")]
+
+
+def main() -> None:
+    """Arguments: a seed, and the number of processes: 2 or 4."""
+    seed, ranks = map(int, sys.argv[1:])
+    device = initialize(ParallelConfig(tp=ranks), seed)
+    replace_apex()
+    torch.manual_seed(seed + torch.distributed.get_rank())  # every rank has other inputs and weights
+    cases = [
+        (chunks, fused, recompute)
+        for chunks in (1, 2, 4)
+        for fused, recompute in ((False, False), (True, False), (True, True))
+    ]
+    found = {
+        "errors": {str(case): errors(ranks, *case) for case in cases},
+        "order": order_of_calls(ranks, 4),
+        "layers": [communicating_in_chunks(ranks, chunks, device) for chunks in (1, 2)],
+    }
+    if torch.distributed.get_rank() == 0:
+        print(json.dumps(found))
+    shutdown()
+
+
+if __name__ == "__main__":
+    main()
