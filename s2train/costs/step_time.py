@@ -73,7 +73,11 @@ _SPLIT_SHARE = 0.3  # part of elementwise work between a layer's products, divid
 # (launch/results/2026-11-29-h200-library-steps.json). transformer-engine's took 17.5e-12 on an H100.
 _ADAM = 21.9e-12
 _USED_MEMORY, _USED_LINK = 0.8, 0.69  # fractions of the peak
-_SLOWER_PRODUCTS = 0.1  # each time that tensor parallel halves them
+# Matrix products divided over tensor parallel ranks are slower, for two ranks and for four: they are smaller, and
+# collectives run beside them (2026-11-29-h200x4-scaling.json).
+_SLOWER_PRODUCTS = 0.09
+# Fraction of the link's peak that tensor parallel collectives reach, by ranks; the same file.
+_TP_LINK = {2: 0.47, 4: 0.56}
 # Context parallel: fraction of the link's peak that gathers reach (launch/results/2026-11-26-h100x2-cp-bytes.json), and
 # seconds per dense layer and micro batch that ranks wait for each other (2026-11-26-h100x2-scaling.json).
 _CP_LINK, _CP_WAIT = 0.4, 0.87e-3
@@ -320,7 +324,7 @@ class _Model:
             rate *= 1.77
         elif self.te:
             rate *= 0.967
-        return rate * self.compute / (1 + _SLOWER_PRODUCTS * (self.cfg.parallel.tp.bit_length() - 1))
+        return rate * self.compute / (1 + _SLOWER_PRODUCTS * (self.cfg.parallel.tp > 1))
 
     def _elementwise_rate(self) -> float:
         """Return seconds per token and hidden dimension of a layer."""
@@ -368,13 +372,14 @@ class _Model:
         return Seconds(share * seconds.forward, share * seconds.backward)
 
     def _tensor_parallel_units(self) -> tuple[int, int]:
-        """Count gathers and scatters of a layer's stream: step, and repeated forward.
+        """Count exposed gathers and scatters of a layer's stream: step, repeated forward.
 
-        The first number is forward and backward.
+        The first number is forward and backward. With sequence parallelism, four more run beside the backward's
+        products.
         """
         if self.cfg.parallel.tp == 1:
             return 0, 0
-        return (10, 4) if self.cfg.parallel.sequence_parallel else (8, 4)  # a sum is a scatter and a gather
+        return (6, 4) if self.cfg.parallel.sequence_parallel else (8, 4)  # a sum is a scatter and a gather
 
     def _unit(self) -> float:
         """Return seconds to gather or scatter a micro batch's stream.
@@ -382,7 +387,8 @@ class _Model:
         It is divided over tensor parallel ranks.
         """
         tp = self.cfg.parallel.tp
-        return self.tokens * self.cfg.model.hidden_size * 2 * (tp - 1) / tp / self._speed(tp)
+        speed = self._speed(tp) * _TP_LINK.get(tp, max(_TP_LINK.values())) / _USED_LINK
+        return self.tokens * self.cfg.model.hidden_size * 2 * (tp - 1) / tp / speed
 
     def _shared_projection(self) -> float:
         """Return seconds to gather the QKV projection's output.

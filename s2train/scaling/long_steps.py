@@ -135,7 +135,7 @@ def _fits(plan: Plan, step_s: float) -> bool:
 
 
 def _predicted(plan: Plan) -> float | None:
-    """Return the predicted seconds of a step; None on a device of unknown rates."""
+    """Return a step's predicted seconds; None on a device of unknown rates."""
     return None if plan.prediction is None else plan.prediction.time.total
 
 

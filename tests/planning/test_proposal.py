@@ -90,7 +90,7 @@ def test_the_report_names_settings_to_paste_shortages_and_causes(seven: Search) 
     faster = [candidate for candidate in seven.too_large if candidate.seconds < seven.fitting[0].seconds]
     least = min(faster, key=lambda candidate: candidate.memory.total)
     assert f"{(least.memory.total - seven.room) / 2**30:.1f} GiB too much" in text
-    for cause in ("bubble +", "recompute +", "communication +"):
+    for cause in ("bubble ", "recompute +", "communication +"):
         assert cause in text
 
 
