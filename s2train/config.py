@@ -189,7 +189,7 @@ class ParallelConfig:
     cp: int = 1  # context parallel: splits the sequence
     # keys and values that context parallel ranks exchange for sparse layers (dense layers gather all): blocks (only
     # those that the layout keeps), overlapped (the same, while attention over the rank's own keys runs; faster on slow
-    # links), gather (all), auto (blocks, or gather in layers whose blocks are over 30 % of all)
+    # links), gather (all), auto (blocks, or gather in layers whose blocks are over 28 % of all)
     cp_exchange: str = "blocks"
     sequence_parallel: bool = False  # tensor parallel ranks also split what is between their products; needs tp > 1
     # with sequence_parallel and layer_backend=local: chunks of the sequence in which products communicate, each while

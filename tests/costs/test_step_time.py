@@ -110,6 +110,17 @@ def steps_of_scaling() -> Iterator[tuple[str, list[str], int, dict]]:
             yield f"{model} {way}", settings, 1 if way == "one" else 2, row
 
 
+def steps_of_four() -> Iterator[tuple[str, list[str], int, dict]]:
+    """Name, settings, GPUs and record of each measured by `launch/scaling.py` on one to four H200s."""
+    of_ranks = {"cp": "parallel.cp={}", "tp": "parallel.tp={} parallel.sequence_parallel=true loss=liger"}
+    for way, row in read("2026-11-29-h200x4-scaling.json")["parts"]["scaling"]["models"]["1b_hybrid"].items():
+        kind, gpus = (way[:2], int(way[2:])) if way != "one" else ("", 1)
+        batch = f"train.global_batch_size={2 * gpus if kind == 'dp' else 2}"
+        divided = of_ranks.get(kind, "").format(gpus).split()
+        kernels = ["dense_attention=fa4", "elementwise=liger", "loss=in_place"]
+        yield way, ["+model=1b_hybrid", "train.seq_length=32768", batch, *kernels, *divided], gpus, row
+
+
 def steps_of_libraries() -> Iterator[tuple[str, list[str], dict]]:
     """Name, settings and record of each measured by `launch/check_libraries.py --parts steps`."""
     for path in sorted(RESULTS.glob("*-h100-library-steps.json")):
@@ -156,12 +167,14 @@ def steps_on_an_h200() -> Iterator[tuple[str, list[str], dict]]:
 LIBRARY_STEPS = list(steps_of_libraries())
 LONG_STEPS = list(long_steps_with_libraries("2026-11-28-h100-long-steps-fa4", "2026-11-28-h100-long-steps-8k-128k"))
 H200_STEPS = list(steps_on_an_h200())
+FOUR_STEPS = list(steps_of_four())
 STEPS = [(name, [*BEFORE, *settings], processes, seconds) for name, settings, processes, seconds in measured_steps()]
 STEPS += [(name, settings, 1, row["step_s"]) for name, settings, row in [*LIBRARY_STEPS, *LONG_STEPS]]
 PEAKS = [(name, settings, 1, H100, row["peak_bytes"]) for name, settings, row in LIBRARY_STEPS]
 PEAKS += [(name, settings, 1, H100, row["peak_gib"] * GIB) for name, settings, row in LONG_STEPS]
 PEAKS += [(name, settings, 1, H200, row["peak_memory_gib"] * GIB) for name, settings, row in H200_STEPS]
 PEAKS += [(name, [*BEFORE, *own], n, H100, row["memory_gib"] * GIB) for name, own, n, row in steps_of_scaling()]
+PEAKS += [(f"H200 {name}", own, n, H200, row["memory_gib"] * GIB) for name, own, n, row in FOUR_STEPS]
 
 
 @pytest.mark.parametrize("step", STEPS, ids=[step[0] for step in STEPS])
@@ -175,6 +188,13 @@ def test_a_step_measured_on_an_h200_is_met_by_an_h100s_scaled_rates(step: tuple[
     _, settings, row = step
     found = predicted(*settings, gpu=H200)
     assert found.time.total == pytest.approx(row["step_time_s"], rel=MARGIN)
+
+
+@pytest.mark.parametrize("step", FOUR_STEPS, ids=[step[0] for step in FOUR_STEPS])
+def test_steps_of_up_to_four_h200s_are_met_closely(step: tuple[str, list[str], int, dict]) -> None:
+    name, settings, gpus, row = step
+    margin = 0.08 if name == "cp4" else 0.025  # cp4 waited for the host
+    assert predicted(*settings, processes=gpus, gpu=H200).time.total == pytest.approx(row["step_time_s"], rel=margin)
 
 
 @pytest.mark.parametrize("peak", PEAKS, ids=[peak[0] for peak in PEAKS])
@@ -251,7 +271,7 @@ def test_another_gpu_is_an_estimate_by_its_peaks() -> None:
 
 
 def test_divisions_that_nobody_measured_are_estimates() -> None:
-    assert "parallel.tp above 2" in predicted(*SEVEN, processes=8).caveats[0]
+    assert "parallel.tp above 4" in predicted(*SEVEN, processes=8).caveats[0]
     pipeline = predicted("+model=1b_hybrid", "parallel.pp=2", processes=2)
     assert "pipeline" in pipeline.caveats[0]
     assert any("machines of 8" in caveat for caveat in predicted(*SEVEN, processes=16).caveats)
