@@ -56,7 +56,7 @@ class Request:
 
 
 def known_divisions(devices: int) -> dict[str, tuple[int, tuple[str, ...]]]:
-    """Return the devices and settings of each division of up to `devices` devices, by name."""
+    """Return devices and settings of each division of up to `devices` devices."""
     found: dict[str, tuple[int, tuple[str, ...]]] = {ALONE: (1, ())}
     for size, named in DIVISIONS.items():
         if size <= devices:

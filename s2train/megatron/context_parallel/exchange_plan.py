@@ -93,7 +93,7 @@ class ExchangePlan:
 
     @cached_property
     def sent_blocks(self) -> tuple[Tensor, Tensor]:
-        """Return the (KV heads, own blocks) to send to all ranks, in their order."""
+        """Return the (KV heads, own blocks) to send, ordered by rank."""
         heads, blocks = (torch.cat(parts) for parts in zip(*self.sent, strict=True))
         return heads, blocks
 

@@ -48,11 +48,11 @@ class Exchange(ABC):
 
     @abstractmethod
     def unpacked(self, packed: Tensor) -> Tensor:
-        """Place received rows, ordered by sender; each has a key and its value."""
+        """Place received keys beside their values, ordered by sender."""
 
     @abstractmethod
     def repacked(self, x: Tensor) -> Tensor:
-        """Return the rows of the gradient of placed keys or values: the transpose of `unpacked`."""
+        """Return rows of placed keys' or values' gradients: the transpose of `unpacked`."""
 
     def send(self, key: Tensor, value: Tensor) -> Tensor:
         """Start sending this rank's keys and values.
