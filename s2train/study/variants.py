@@ -34,6 +34,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "window": ("layout.layers=DWWW", f"+layout.patterns.W={{kind:sliding_window,window:{MATCHED}}}", _PARTIAL),
     "homogeneous": ("layout.layers=DSSS", "schedule=homogeneous", _PARTIAL),
     "grouped": ("layout.layers=DSSS", "schedule=grouped", _PARTIAL),  # heads differ, but don't see all blocks together
+    # fewer stripes for more local blocks: as many stripes as heads, so that the heads still see all blocks together
+    "wide": ("layout.layers=DWWW", f"+layout.patterns.W={{kind:local_vertical,local:{MATCHED},stride:12}}"),
     "hyper": ("layout=hyper_b256", "layout.layers=DHHH"),  # the hybrid's number of dense layers, near its density
     "sparse": ("layout.layers=S",),
     "d1s7": ("layout.layers=D1S7",),
