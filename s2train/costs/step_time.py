@@ -5,7 +5,7 @@ Products and elementwise work come from profiled steps of two shapes, on one GPU
 Attention comes from `s2train.costs.attention_time`. Small hidden sizes come from whole steps (125M, and 30M, which did
 not wait for the host). The prediction is within `MARGIN` of every whole step measured on H100s
 (tests/costs/test_step_time.py), except those that waited for a slow host (`2026-11-28-h100-library-losses.json`);
-`Prediction.waits_for_host` warns of these.
+`Prediction.slow_host_s` warns of these.
 
 Other GPUs are estimated as H100s scaled by the ratio of peak rates: FLOP/s for products and attention, memory bandwidth
 for elementwise work and the optimizer, link bandwidth for communication. On H200s that predicts steps of a 125M model 6
@@ -85,7 +85,9 @@ _TP_LINK = {2: 0.47, 4: 0.56}
 _CP_LINK, _CP_WAIT = 0.4, 0.87e-3
 _CP_SPARSE = 0.4  # a sparse layer's exchange relative to a dense layer's
 _HOST = 0.45e-3  # seconds between kernels, per layer and micro batch
-SLOW_HOST = 8e-3  # seconds to launch the kernels of a layer and micro batch, measured on the slowest host
+# Seconds to launch the kernels of a layer and micro batch on the slowest host measured, and between context parallel
+# ranks: four ranks of the 1B model took 10.4 ms (launch/results/2026-11-29-h200x4-scaling.json).
+_SLOW_HOST, _SLOW_CP_HOST = 8e-3, 10.5e-3
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ class Prediction:
         mfu: FLOPs that the layout keeps over the GPUs' peak.
         caveats: reasons why it is an estimate; empty if such steps were measured.
         te: transformer-engine's layers.
-        waits_for_host: whether a slow host would take longer to launch the kernels than the GPU to run them.
+        slow_host_s: seconds that a slow host takes to launch a layer's kernels, if the GPU runs them faster; else None.
     """
 
     time: StepTime
@@ -143,7 +145,7 @@ class Prediction:
     mfu: float
     caveats: tuple[str, ...]
     te: bool
-    waits_for_host: bool
+    slow_host_s: float | None
 
 
 def predict_step(
@@ -185,13 +187,14 @@ def predict_step(
     )
     tokens_per_s = cfg.train.global_batch_size * cfg.train.seq_length / time.total
     in_layers = ranks[slowest].total / max(sum(stages.of_rank(slowest)), 1)
+    slow_host = _SLOW_CP_HOST if cfg.parallel.cp > 1 else _SLOW_HOST
     return Prediction(
         time=time,
         tokens_per_s=tokens_per_s,
         mfu=tokens_per_s * flops_per_token / (world_size * hardware.rates.bf16),
         caveats=tuple(_caveats(cfg, world_size, hardware)),
         te=impl.te,
-        waits_for_host=in_layers < SLOW_HOST,
+        slow_host_s=slow_host if in_layers < slow_host else None,
     )
 
 

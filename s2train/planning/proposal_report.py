@@ -47,7 +47,7 @@ def format_proposal(found: Search) -> str:
         lines.append(f"and {len(shown) - _SHOWN} slower divisions")
     lines += [*_too_large(found), *_rejected(found), ""]
     lines += [f"rates: {rates_basis(found.hardware)}", f"times: {basis(best.prediction)}"]
-    if best.prediction.waits_for_host:
+    if best.prediction.slow_host_s is not None:
         lines.append("host: a layer takes so little time that a slow host may launch it later than predicted")
     lines.append(f"To use the first, add: {' '.join(best.settings)}")
     return "\n".join(lines)

@@ -8,7 +8,7 @@ from s2train.batch_sizes import samples_of, stages
 from s2train.config import PretrainConfig
 from s2train.costs.memory import GIB, Memory, offloaded_bytes
 from s2train.costs.stages import Balance
-from s2train.costs.step_time import MARGIN, SLOW_HOST, Prediction
+from s2train.costs.step_time import MARGIN, Prediction
 from s2train.data.epochs import describe_epochs, training_epochs
 from s2train.data.indexed import read_metadata
 from s2train.errors import ConfigError
@@ -206,13 +206,9 @@ def _time(plan: Plan) -> list[tuple[str, str]]:
         ("  of which", ", ".join(f"{name} {part / seconds:.0%}" for name, part in shown.items())),
         ("  based on", basis(found)),
     ]
-    if found.waits_for_host:
-        rows.append(
-            (
-                "  host",
-                f"a slow host takes up to {1e3 * SLOW_HOST:.0f} ms to launch a layer, more than predicted here",
-            )
-        )
+    if found.slow_host_s is not None:
+        slow = f"a slow host takes up to {1e3 * found.slow_host_s:.3g} ms to launch a layer, more than predicted here"
+        rows.append(("  host", f"{slow}; larger micro batches take fewer launches"))
     return rows
 
 

@@ -346,8 +346,18 @@ def test_recomputation_repeats_the_exchange_of_keys() -> None:
 
 
 def test_a_small_layer_waits_for_a_slow_host() -> None:
-    assert predicted("+model=125m_hybrid", "train.micro_batch_size=1").waits_for_host
-    assert not predicted(*SEVEN, processes=8).waits_for_host
+    assert predicted("+model=125m_hybrid", "train.micro_batch_size=1").slow_host_s is not None
+    assert predicted(*SEVEN, processes=8).slow_host_s is None
+
+
+def test_a_slow_host_is_slower_between_context_parallel_ranks() -> None:
+    """Four ranks of the 1B model waited, and with micro batches of two would not."""
+    four = ["+model=1b_hybrid", "train.seq_length=32768", "parallel.cp=4"]
+    waiting, larger = (
+        predicted(*four, f"train.micro_batch_size={size}", processes=4, gpu=H200).slow_host_s for size in (1, 2)
+    )
+    assert waiting is not None
+    assert larger is None
 
 
 @pytest.mark.parametrize(
