@@ -43,9 +43,6 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # The process groups' timeout aborts a hanging collective; torch then writes what each rank was waiting for.
 export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1} TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
 export TORCH_NCCL_DEBUG_INFO_TEMP_FILE=${TORCH_NCCL_DEBUG_INFO_TEMP_FILE:-$log_dir/nccl_trace_rank_}
-# One hardware queue: kernels start in launch order, so that Megatron's communication, launched first, overlaps the GEMMs
-# that follow.
-export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 # Cache compiled kernels on the node's local disk: local rank 0 writes it, the others read it.
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/triton-$(id -un)}
 

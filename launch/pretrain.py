@@ -27,6 +27,7 @@ from s2train.distributed.rendezvous import check_ranks, fail_together
 from s2train.environment.apex import apex_available
 from s2train.environment.dtypes import DTYPES
 from s2train.environment.hardware import check_gpus, detect_own, open_device
+from s2train.environment.hardware_queues import order_communication
 from s2train.environment.imports import quick_imports
 from s2train.errors import ConfigError
 from s2train.planning import (
@@ -72,6 +73,7 @@ def pretrain(composed: DictConfig) -> None:
                 print(start)
             return
         TIMES.end("plan")
+        lost = order_communication(cfg.parallel)  # before the driver is asked
         hardware = detect_own()
         check_gpus()
         open_device(None if cfg.train.deterministic else DTYPES[cfg.train.precision])
@@ -80,6 +82,8 @@ def pretrain(composed: DictConfig) -> None:
         apex_available()  # rejects another package named apex, which Megatron would import
     if is_first:
         print(format_plan(plan), flush=True)
+        if lost is not None:
+            print(lost, flush=True)
     TIMES.end("plan")
     compilers = None
     with quick_imports():  # slow, and not needed to reject a run

@@ -146,9 +146,18 @@ def without_driver() -> Iterator[None]:
 
     Forks of a process that has asked the driver can't use a GPU. megatron-core 0.19 asks when it is imported.
     """
-    answer = torch.backends.cuda.is_built() and _GPU_FILE.exists()
-    with mock.patch.object(torch.cuda, "is_available", return_value=answer):
+    with mock.patch.object(torch.cuda, "is_available", return_value=may_have_gpu()):
         yield
+
+
+def may_have_gpu() -> bool:
+    """Return whether torch may find a GPU, without CUDA's driver."""
+    return torch.backends.cuda.is_built() and _GPU_FILE.exists()
+
+
+def hides_gpus() -> bool:
+    """Return whether CUDA_VISIBLE_DEVICES hides all GPUs."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles")  # Slurm sets the last for jobs without
 
 
 def check_gpus() -> None:
@@ -159,10 +168,9 @@ def check_gpus() -> None:
     Raises:
         ConfigError: it sees none, although CUDA_VISIBLE_DEVICES doesn't hide them.
     """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    # Slurm sets the last one for jobs without GPUs
-    if torch.cuda.is_available() or visible in ("", "-1", "NoDevFiles"):
+    if torch.cuda.is_available() or hides_gpus():
         return
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if sign := _sign_of_gpus(visible):
         cuda = torch.version.cuda
         cause = "this torch is built without CUDA" if cuda is None else f"torch is built for CUDA {cuda}"

@@ -5,7 +5,8 @@ reduce-scatter after a row-parallel one, and for the gather of its output's grad
 waited for. Products and sums are the same, and so are weights, gradients and names in checkpoints.
 
 Shapes: p ranks hold s / p positions of b sequences each. A chunk has M = s b / (p C) of a rank's rows, and the same of
-every other rank's. Calls are made in the order in which the GPU has to start them (CUDA_DEVICE_MAX_CONNECTIONS=1).
+every other rank's. Calls are made in the order in which the GPU has to start them
+(`s2train.environment.hardware_queues`).
 """
 
 from collections.abc import Iterator, Sequence

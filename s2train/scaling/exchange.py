@@ -18,6 +18,7 @@ from megatron.core import parallel_state
 
 from s2train.config import ParallelConfig
 from s2train.costs.attention import density
+from s2train.environment.hardware_queues import order_communication
 from s2train.files import replacing
 from s2train.kernels.benchmarks.timing import Clock
 from s2train.megatron import setup
@@ -92,7 +93,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=131_072)
     parser.add_argument("--passes", type=int, default=5)
     given = parser.parse_args()
-    device = setup.initialize(ParallelConfig(cp=int(os.environ["WORLD_SIZE"])), seed=1)
+    parallel = ParallelConfig(cp=int(os.environ["WORLD_SIZE"]))
+    order_communication(parallel)  # as in a training run
+    device = setup.initialize(parallel, seed=1)
     shape, recorded = Shape(given.length), Recorded(given.recorded)
     results = [
         recorded.on_all_ranks(f"cp bytes {case.name}", partial(measure, case, shape, device, given.passes))

@@ -178,7 +178,6 @@ def rank_environment(first_device: int, count: int) -> dict[str, str]:
     """Return the environment of ranks on `count` devices from `first_device` on."""
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", "1")
-    environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron needs it to overlap tensor parallelism
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), environment.get("PYTHONPATH")]))
     if torch.cuda.is_available():
         named = environment.get("CUDA_VISIBLE_DEVICES")

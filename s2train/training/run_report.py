@@ -16,6 +16,7 @@ from s2train.data.blend import parse_blend
 from s2train.data.epochs import describe_epochs, training_epochs
 from s2train.data.indexed import read_metadata
 from s2train.data.tokenizers import Tokenizer
+from s2train.environment.hardware_queues import queues
 from s2train.environment.liger import kernels_line
 from s2train.kernels.attention import Backend as AttentionBackend
 from s2train.kernels.attention import resolve_backend
@@ -91,6 +92,7 @@ def describe_run(
         f"{here:,} parameters on this rank | layers {backend.name} on {device.type}"
         + ("" if is_dense else f" | sparse attention {sparse}")
         + (f" | {elementwise}" if elementwise else "")
+        + (f" | {limit}" if (limit := queues()) else "")
         + f" | optimizer {cfg.optim.name}: {implementations(optimizer)}"
         f" | dp {parallel_state.get_data_parallel_world_size()}"
         f" | end of document {tokenizer.end_token or 'id'} {tokenizer.eod}" + _taught_by(hybrid)
