@@ -3,7 +3,7 @@
 Each term states its assumptions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
 from s2train.attention.hybrid import HybridLayout, dense_layer
@@ -194,7 +194,8 @@ def stage_activations(
     layer = gradients * tokens * model.ffn_hidden_size * width // parallel.tp + 2 * stream
     layer = max(layer, gathered_projection(cfg))
     # In that of its attention, what the MLP and the norm before it saved is freed already.
-    attention = attention_gradients(cfg, stream, kind) - mlp_activations(cfg, kind) - 2 * stream
+    layers = [layer for chunk in chunks for layer in chunk]
+    attention = attention_gradients(cfg, stream, kind, layers, impl) - mlp_activations(cfg, kind) - 2 * stream
     loss = 0
     if stage == parallel.pp - 1:
         loss = _loss_bytes(cfg, tokens, width, impl.loss(cfg)) + 3 * stream  # streams of the final norm, as above
@@ -215,26 +216,38 @@ def stage_activations(
     return in_flight * kept + waiting * max(map(sum, own)) + max(layer, attention, loss)
 
 
-def attention_gradients(cfg: PretrainConfig, stream: int, kind: str) -> int:
+def attention_gradients(
+    cfg: PretrainConfig, stream: int, kind: str, layers: Iterable[LayerLayout], impl: Implementations
+) -> int:
     """Return bytes of temporaries in the backward pass of one layer's attention.
 
-    They are the gradients of the residual stream, the output, and q, k and v. Under context parallel k and v are those
-    of all ranks, whose gradients exist a second time, packed for their ranks. On a GPU our kernels accumulate dq in
-    fp32, and keep as much of dk and dv where blocks of 64 have second pairs (`kernels.hopper.shared_tiles`).
+    They are those of the layer that needs the most: the gradients of the residual stream, the output, and q, k and v,
+    and what its kernels sum in fp32. Under context parallel k and v are those of all ranks, whose gradients exist a
+    second time, packed for their ranks. FlashAttention-4's sums are freed before.
 
     Args:
         stream: bytes of a tensor [s, b, hidden].
+        layers: of the stage.
     """
     model, train, parallel = cfg.model, cfg.train, cfg.parallel
     width = 2 if train.precision == "bf16" else 4
     tokens = train.seq_length // parallel.cp * train.micro_batch_size
     heads, kv_heads = model.num_attention_heads // parallel.tp, kv_heads_on_rank(model.num_query_groups, parallel.tp)
     queries, keys = (tokens * count * head_dim(model) for count in (heads, kv_heads))
-    copies = 2 * parallel.cp if parallel.cp > 1 else 1
-    sums = 0
-    if kind == "cuda" and train.precision == "bf16":
-        sums = 4 * queries * (2 if cfg.layout.block_size == 64 and kv_heads < heads else 1)
-    return stream + 2 * queries * width + 2 * keys * width * copies + sums
+    keys *= parallel.cp
+    packed = 2 * keys * width if parallel.cp > 1 else 0
+    is_grouped = kv_heads < heads
+    by_fa4 = [kind == "cuda" and layer.is_dense and impl.dense(cfg) == "fa4" for layer in layers]
+    more = [0]
+    if any(by_fa4):  # dq, for one of a rank's two chunks at a time; dk and dv where several query heads add to them
+        sums = 4 * queries // (2 if parallel.cp > 1 else 1) + (2 * 4 * keys if is_grouped else 0)
+        more.append(max(sums, packed))
+    if not all(by_fa4):
+        sums = 0
+        if kind == "cuda" and train.precision == "bf16":  # dq; dk and dv of second pairs (kernels.hopper.shared_tiles)
+            sums = 4 * queries * (2 if cfg.layout.block_size == 64 and is_grouped else 1)
+        more.append(sums + packed)
+    return stream + 2 * queries * width + 2 * keys * width + max(more)
 
 
 def kind_activations(cfg: PretrainConfig, layer: LayerLayout) -> int:
