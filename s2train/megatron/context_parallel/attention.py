@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from s2train.kernels.layout import BlockLayout
-from s2train.megatron.context_parallel.all_gather import chunk_ids, gather_sequence
+from s2train.megatron.context_parallel.all_gather import chunk_ids, gather_seen
 from s2train.megatron.context_parallel.exchange_plan import ExchangePlan, exchange_plan
 from s2train.megatron.context_parallel.kv_exchange import KVExchange
 
@@ -44,13 +44,10 @@ def attend_gathered(
             the last key.
         query, key, value: as in `attend_after_exchange`.
     """
-    key, value = gather_sequence(key, group), gather_sequence(value, group)
+    keys, values = gather_seen(key, group), gather_seen(value, group)  # later keys are masked
     rows = query.shape[0] // 2
-    parts = []
-    for chunk, part in zip(chunk_ids(group.rank(), group.size()), query.chunk(2), strict=True):
-        seen = (chunk + 1) * rows  # later keys are masked
-        parts.append(attend(part, key[:seen], value[:seen], chunk * rows))
-    return torch.cat(parts)
+    chunks = zip(chunk_ids(group.rank(), group.size()), query.chunk(2), keys, values, strict=True)
+    return torch.cat([attend(part, seen, of_seen, chunk * rows) for chunk, part, seen, of_seen in chunks])
 
 
 def attend_after_exchange(
