@@ -88,15 +88,18 @@ def scaling(given: argparse.Namespace) -> None:
         "scaling": lambda: speed.speed(runner, wanted),
         "cp_bytes": lambda: runner.worker("s2train.scaling.exchange", "cp-bytes", *length),
         "balance": lambda: runner.worker("s2train.scaling.balance", "balance", *length),
-        "long": lambda: long_steps(runner, request, detect_own()),
+        "long": lambda: long,
     }
     chosen = [name for name in PARTS if getattr(given, name)] or [name for name in PARTS if name != "long"]
+    remaining = [name for name in chosen if not is_done(content["parts"].get(name))]
+    # Planned before the other parts run, since it may be rejected.
+    long = long_steps(runner, request, detect_own()) if "long" in remaining else iter(())
 
     def write(name: str, result: dict[str, Any]) -> None:
         content["parts"][name] = result
         write_json(path, content)
 
-    for name in (name for name in chosen if not is_done(content["parts"].get(name))):
+    for name in remaining:
         began = time.monotonic()
         result = parts[name]()
         if not isinstance(result, dict):

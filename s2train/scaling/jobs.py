@@ -81,7 +81,7 @@ class Runner:
         timeout_s: float = 300,
     ) -> None:
         self.folder, self.devices, self.recorded = folder, devices, recorded
-        self._launch, self._settings, self._timeout_s = launch, tuple(settings), timeout_s
+        self._launch, self._settings, self.timeout_s = launch, tuple(settings), timeout_s
 
     def run(self, jobs: Sequence[Job], at_once: int = 1) -> dict[str, Outcome]:
         """Run jobs and return all outcomes, as `run_each` does."""
@@ -154,11 +154,11 @@ class Runner:
         """Run a program to its end; returns its error or None."""
         self.folder.mkdir(parents=True, exist_ok=True)
         log = self._path(name).with_suffix(".log")
-        status = self._launch(program, processes, rank_environment(first_device, processes), log, self._timeout_s)
+        status = self._launch(program, processes, rank_environment(first_device, processes), log, self.timeout_s)
         if status == 0:
             return None
         if status is None:
-            return f"ran past its limit of {self._timeout_s:.0f} s, which --timeout sets; see {log}"
+            return f"ran past its limit of {self.timeout_s:.0f} s, which --timeout sets; see {log}"
         errors = [line for line in log.read_text(errors="replace").splitlines() if "rror: " in line]
         return (errors[0].strip()[:300] if errors else _end_of(status)) + f"; see {log}"
 

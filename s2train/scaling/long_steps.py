@@ -18,6 +18,7 @@ from s2train.scaling.speed import memory
 
 _STEPS, _WARM = 3, 1
 _LONG_S = 20.0  # a step predicted to take longer is measured once
+_START_S = 120.0  # of a run, until its first step
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,10 @@ def long_steps(runner: Runner, request: Request, hardware: Hardware) -> Iterator
     The dense model's is the longest whose step is short enough.
 
     The dense model has as many layers as the hybrid at that length. Before, losses of a hybrid on all devices are
-    compared with those on two, or on one of two. Yields the results after each run.
+    compared with those on two, or on one of two. Plans all runs at once, and yields the results after each run.
 
     Raises:
-        ConfigError: no number of layers fits at one of the lengths.
+        ConfigError: no number of layers fits at one of the lengths, or a run is predicted to exceed its time limit.
     """
     lengths, cp = sorted(request.lengths), runner.devices
     layers = {length: _layers(request, length, cp, hardware) for length in lengths}
@@ -65,31 +66,63 @@ def long_steps(runner: Runner, request: Request, hardware: Hardware) -> Iterator
     plans = {
         name: _plan(request, model, length, cp, layers[length], hardware) for name, (model, length) in named.items()
     }
-    jobs = []
+    jobs, planned = [], []
     for name, (model, length) in named.items():
         steps = _WARM + 1 if (_predicted(plans[name]) or 0.0) > _LONG_S else _STEPS
+        planned.append((name, plans[name], steps))
         settings = (*_settings(request, model, length, cp, layers[length]), f"train.steps={steps}")
         jobs.append(Job(name, cp, (*settings, "checkpoint.save=false")))
-    agreement: dict[str, Any] = {}
-    for agreement in _agreement(runner, request, hardware):
-        yield {"agreement": agreement, "rows": {}}
-    rows: dict[str, Any] = {}
-    for name, outcome in runner.run_each(jobs):
-        model, length = named[name]
-        rows[name] = {"model": f"{request.size}_{model}", "seq_length": length, "cp": cp, "layers": layers[length]}
-        rows[name] |= _row(outcome, plans[name])
-        yield {"agreement": agreement, "rows": rows}
+    base = min(2, cp // 2)
+    count = _layers(request, request.agreement, base, hardware)
+    slowest = _plan(request, "hybrid", request.agreement, base, count, hardware)
+    _check_limit([*planned, (f"agreement {request.agreement}", slowest, _STEPS)], runner.timeout_s)
+
+    def results() -> Iterator[dict[str, Any]]:
+        agreement: dict[str, Any] = {}
+        for agreement in _agreement(runner, request, base, count):
+            yield {"agreement": agreement, "rows": {}}
+        rows: dict[str, Any] = {}
+        for name, outcome in runner.run_each(jobs):
+            model, length = named[name]
+            rows[name] = {"model": f"{request.size}_{model}", "seq_length": length, "cp": cp, "layers": layers[length]}
+            rows[name] |= _row(outcome, plans[name])
+            yield {"agreement": agreement, "rows": rows}
+
+    return results()
 
 
-def _agreement(runner: Runner, request: Request, hardware: Hardware) -> Iterator[dict[str, Any]]:
+def _check_limit(runs: Sequence[tuple[str, Plan, int]], timeout_s: float) -> None:
+    """Check that each run's predicted time is within the limit.
+
+    Args:
+        runs: name, plan and steps of each.
+    Raises:
+        ConfigError: the longest exceeds it.
+    """
+    needed, step_s, steps, name = max(
+        (steps * (step_s := _predicted(plan) or 0.0) + _START_S, step_s, steps, name) for name, plan, steps in runs
+    )
+    if needed > timeout_s:
+        raise ConfigError(
+            "--timeout",
+            f"{timeout_s:.0f}",
+            f"{name} takes {needed:.0f} s: {steps} steps of predicted {step_s:.0f} s, and {_START_S:.0f} s to start",
+            f"Set at least {math.ceil(needed)}, or lower --long-seconds, --long-layers or --long-lengths",
+        )
+
+
+def _agreement(runner: Runner, request: Request, base: int, count: int) -> Iterator[dict[str, Any]]:
     """Compare losses of context parallelism over all devices and over two.
 
     Of two devices, with one.
 
     The tolerance is twice the largest difference between runs on two devices or one that differ only in rounding.
+
+    Args:
+        base: two, or one of two.
+        count: number of layers.
     """
-    length, base = request.agreement, min(2, runner.devices // 2)
-    count = _layers(request, length, base, hardware)
+    length = request.agreement
     all_devices = f"cp{runner.devices}"
     variants: dict[str, tuple[int, tuple[str, ...]]] = {"one": (base, ()), all_devices: (runner.devices, ())}
     if base == 2:

@@ -1,5 +1,6 @@
 """Long steps have as many layers as fit, and a dense model beside them where its steps are short."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -35,8 +36,10 @@ def without_gpus() -> Iterator[None]:
         yield
 
 
-def measure(folder: Path, request: Request, ranks: FakeRanks, devices: int = 4) -> list[dict[str, Any]]:
-    runner = Runner(folder / "runs", devices, Recorded(folder / "jobs.json"), ranks, request.settings)
+def measure(
+    folder: Path, request: Request, ranks: FakeRanks, devices: int = 4, timeout_s: float = 300
+) -> list[dict[str, Any]]:
+    runner = Runner(folder / "runs", devices, Recorded(folder / "jobs.json"), ranks, request.settings, timeout_s)
     return list(long_steps(runner, request, H200))
 
 
@@ -115,3 +118,20 @@ def test_a_length_at_which_no_layer_fits_is_rejected_before_any_run(tmp_path: Pa
     with pytest.raises(ConfigError, match=r"--long-lengths=4194304: 4 layers don't fit 4 devices"):
         measure(tmp_path, replace(REQUEST, lengths=[128 * K, 4096 * K]), ranks)
     assert ranks.started == []
+
+
+def test_runs_that_would_exceed_their_time_limit_are_rejected_before_any_run(tmp_path: Path) -> None:
+    ranks, long = FakeRanks(RECORDS), replace(REQUEST, lengths=[128 * K, 512 * K], step_s=200.0)
+    expected = r"--timeout=300: long dense 524288 takes .* 2 steps .* Set at least"
+    with pytest.raises(ConfigError, match=expected) as found:
+        measure(tmp_path, long, ranks)
+    assert ranks.started == []
+    (needed,) = re.findall(r"at least (\d+)", str(found.value))
+    with pytest.raises(ConfigError, match=rf"--timeout={int(needed) - 1}: "):
+        measure(tmp_path, long, ranks, timeout_s=int(needed) - 1)
+
+
+def test_a_long_enough_limit_admits_the_runs(tmp_path: Path) -> None:
+    ranks = FakeRanks(RECORDS)
+    measure(tmp_path, replace(REQUEST, lengths=[512 * K], step_s=200.0), ranks, timeout_s=1000)
+    assert f"long-hybrid-{512 * K}" in ranks.names
