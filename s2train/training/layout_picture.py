@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import tempfile
@@ -19,9 +18,12 @@ from s2train.config import PretrainConfig
 from s2train.errors import ConfigError
 from s2train.training.metrics import Tracker
 from s2train.training.picture_worker import PICTURE, STOPPED, Task, draw
+from s2train.training.signals import STOP_SIGNALS
 
 # With the rank's own path: `python -m` would look in the working directory first.
 _PROGRAM = f"import sys; sys.path[:] = {sys.path!r}; from s2train.training.picture_worker import main; main()"
+# Statuses of a process that was ended: by the run, or by a signal that a scheduler sent to all processes of the run.
+_STOPPED = (STOPPED, *(-number for number in STOP_SIGNALS))
 
 
 class LayoutPicture:
@@ -51,10 +53,11 @@ class LayoutPicture:
         """Start to draw."""
         if not self._active:
             return
-        self._is_due, errors = True, tempfile.TemporaryFile()  # noqa: SIM115 (`_wait` reads it)
+        self._is_due = True
         try:
+            errors = tempfile.TemporaryFile()  # noqa: SIM115 (`_wait` reads it)
             self._process = start_process(self._cfg, errors)
-        except OSError as error:  # too many processes
+        except OSError as error:  # too many processes, no place for temporary files
             self._tracker.note(f"the layout's picture is drawn at the end: no process draws it meanwhile ({error})")
         if self._process is not None:
             self._waiting = Thread(target=self._wait, args=(self._process, errors), name="layout picture", daemon=True)
@@ -65,7 +68,7 @@ class LayoutPicture:
         status = process.wait()
         if status == 0:
             self._show(Path(self._cfg.run_dir) / PICTURE)
-        elif status not in (STOPPED, -signal.SIGTERM):
+        elif status not in _STOPPED:
             errors.seek(0)
             lines = errors.read().decode(errors="replace").strip().splitlines()
             self._log_problem(lines[-1].strip() if lines else f"its process ended with status {status}")

@@ -1,6 +1,8 @@
 """The picture of a run's layout is drawn beside its steps."""
 
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +86,28 @@ def test_an_error_of_its_process_is_logged(cfg: PretrainConfig, monkeypatch: pyt
         wait_until(lambda: bool(tracker.notes))
     assert tracker.notes == ["the layout's picture can't be drawn: OSError: disk is full; continuing"]
     assert (tracker.pictures, picture.path) == ([], None)
+
+
+def test_what_a_signal_to_all_processes_interrupts_is_drawn_at_the_end(
+    cfg: PretrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started(monkeypatch, "import os, signal; os.kill(os.getpid(), signal.SIGUSR1)")
+    picture = picture_of(cfg, tracker := FakeTracker())
+    with picture:
+        picture.start()
+        wait_until(lambda: not any(thread.name == "layout picture" for thread in threading.enumerate()))
+    assert (tracker.pictures, tracker.notes) == ([("layout/picture", True)], [])
+
+
+def test_without_a_place_for_temporary_files_it_is_drawn_at_the_end(
+    cfg: PretrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(Path(cfg.run_dir) / "missing"))
+    picture = picture_of(cfg, tracker := FakeTracker())
+    with picture:
+        picture.start()
+    assert tracker.pictures == [("layout/picture", True)]
+    assert tracker.notes[0].startswith("the layout's picture is drawn at the end: ")
 
 
 def test_other_ranks_draw_nothing(cfg: PretrainConfig) -> None:
