@@ -34,7 +34,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "window": ("layout.layers=DWWW", f"+layout.patterns.W={{kind:sliding_window,window:{MATCHED}}}", _PARTIAL),
     "homogeneous": ("layout.layers=DSSS", "schedule=homogeneous", _PARTIAL),
     "grouped": ("layout.layers=DSSS", "schedule=grouped", _PARTIAL),  # heads differ, but don't see all blocks together
-    # fewer stripes for more local blocks: as many stripes as heads, so that the heads still see all blocks together
+    # more local blocks, and stripes farther apart: by 12 blocks, as MODEL has 12 heads, which together see all blocks
     "wide": ("layout.layers=DWWW", f"+layout.patterns.W={{kind:local_vertical,local:{MATCHED},stride:12}}"),
     "hyper": ("layout=hyper_b256", "layout.layers=DHHH"),  # the hybrid's number of dense layers, near its density
     "sparse": ("layout.layers=S",),
@@ -194,7 +194,8 @@ def has_warm_up(run: Run) -> bool:
 def matched_window(settings: tuple[str, ...], length: int, model: tuple[str, ...] = MODEL) -> int:
     """Find the number of blocks that matches the reference's density.
 
-    These are blocks of the window, or selected blocks. Their density at `length` comes nearest to the reference's.
+    These are blocks of the window, local blocks or selected ones. Their density at `length` comes nearest to the
+    reference's.
     """
     wanted = _wanted_density(length, model)
     cfg = compose_run([*model, *(setting.replace(MATCHED, "1") for setting in settings)])

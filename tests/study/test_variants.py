@@ -57,11 +57,12 @@ def on_mock_data(cfg: PretrainConfig) -> PretrainConfig:
     ("variant", "phase"),
     [
         *itertools.product(["window", "window_sinks", "index"], ["16k", "32k", "16k-40m"]),
+        ("wide", "16k"),
         ("moba", "16k"),  # other scorers select the same number of blocks
         ("sea", "16k"),
     ],
 )
-def test_a_window_or_a_selection_is_as_dense_as_the_hybrid(variant: str, phase: str) -> None:
+def test_matched_blocks_are_as_dense_as_the_hybrid(variant: str, phase: str) -> None:
     # A block more or less of the window changes the density by about 0.005 at 16k tokens.
     assert density(variant, phase) == pytest.approx(density("hybrid", phase), abs=0.003)
 
@@ -79,6 +80,13 @@ def test_grouped_heads_differ_and_see_fewer_blocks_together_at_the_hybrids_densi
     assert 0.5 < share < 0.6
     assert len(set(layout.layers[1].heads)) > 1
     assert density("grouped", phase) == pytest.approx(density("hybrid", phase), abs=0.003)
+
+
+def test_wide_heads_see_all_blocks_together_and_more_local_ones() -> None:
+    settings = attention_settings("wide", PHASES["16k"])
+    assert "local:22" in settings[1]  # as docs/corpus.md says; the hybrid has 16
+    layout = hybrid_layout(compose_run([*MODEL, *settings]))
+    assert {run.union.fraction for run in coverage_report(layout, 16384).runs} == {1.0}
 
 
 @pytest.mark.parametrize("phase", ["16k", "16k-40m"])
