@@ -8,9 +8,7 @@ compiles what was not. Threads don't serve: Triton holds Python's lock, and CuTe
 import hashlib
 import json
 import os
-import pickle
 import subprocess
-import sys
 import tempfile
 import time
 from contextlib import suppress
@@ -32,13 +30,13 @@ from s2train.environment.versions import versions
 from s2train.kernels.flash4 import fa4_cache_folder, fa4_problem
 from s2train.planning import hybrid_layout
 from s2train.training.warm_up import Part, compile_kernels
+from s2train.training.worker_process import start_worker, worker_command
 from s2train.validation.libraries import uses_fa4
 from s2train.wandb_run import say
 
 SECONDS = 120.0  # for all processes, many times what they take; a rank then compiles itself
 _LIGER = "Liger-Kernel"
-# With the rank's own path: `python -m` would look in the working directory first.
-_PROGRAM = f"import sys; sys.path[:] = {sys.path!r}; from s2train.training.compile_worker import main; main()"
+_WORKER = "s2train.training.compile_worker"
 # Settings that choose kernels, or shapes for which they are compiled.
 _SETTINGS = (
     *("model", "layout", "parallel", "attention_backend", "dense_attention", "elementwise", "loss", "layer_backend"),
@@ -82,11 +80,7 @@ class Compilers:
         self._running: dict[str, tuple[subprocess.Popen[bytes], IO[bytes]]] = {}
         for task in tasks:
             output = tempfile.TemporaryFile()  # noqa: SIM115 (`_end` reads it)
-            with tempfile.TemporaryFile() as file:  # a pipe could fill up
-                file.write(pickle.dumps(task))
-                file.seek(0)
-                process = subprocess.Popen(command, stdin=file, stdout=output, stderr=subprocess.STDOUT)
-            self._running[task.name] = process, output
+            self._running[task.name] = start_worker(command, task, output, subprocess.STDOUT), output
 
     def wait(self, seconds: float = SECONDS) -> str:
         """Wait for all processes, and describe them in one line.
@@ -137,7 +131,7 @@ def _start(cfg: PretrainConfig, hybrid: HybridLayout, hardware: Hardware) -> Com
     ]
     if available_cores() < int(os.environ.get("LOCAL_WORLD_SIZE", "1")) + len(tasks):
         return None
-    return Compilers(tasks, [sys.executable, "-c", _PROGRAM]) if tasks else None
+    return Compilers(tasks, worker_command(_WORKER)) if tasks else None
 
 
 def parts(cfg: PretrainConfig, hybrid: HybridLayout, hardware: Hardware) -> list[Part | None]:

@@ -1,9 +1,7 @@
 """Draws the picture of a run's layout beside its steps."""
 
 import os
-import pickle
 import subprocess
-import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,9 +17,9 @@ from s2train.errors import ConfigError
 from s2train.training.metrics import Tracker
 from s2train.training.picture_worker import PICTURE, STOPPED, Task, draw
 from s2train.training.signals import STOP_SIGNALS
+from s2train.training.worker_process import start_worker, worker_command
 
-# With the rank's own path: `python -m` would look in the working directory first.
-_PROGRAM = f"import sys; sys.path[:] = {sys.path!r}; from s2train.training.picture_worker import main; main()"
+_WORKER = "s2train.training.picture_worker"
 # Statuses of a process that was ended: by the run, or by a signal that a scheduler sent to all processes of the run.
 _STOPPED = (STOPPED, *(-number for number in STOP_SIGNALS))
 
@@ -104,10 +102,7 @@ def start_process(cfg: PretrainConfig, errors: IO[bytes]) -> "subprocess.Popen[b
 
     None: no process is to draw, and the picture is drawn at the end.
     """
-    with tempfile.TemporaryFile() as file:  # a pipe could fill up
-        file.write(pickle.dumps(Task(cfg, os.getpid())))
-        file.seek(0)
-        return subprocess.Popen([sys.executable, "-c", _PROGRAM], stdin=file, stdout=subprocess.DEVNULL, stderr=errors)
+    return start_worker(worker_command(_WORKER), Task(cfg, os.getpid()), subprocess.DEVNULL, errors)
 
 
 def check_matplotlib() -> None:

@@ -49,7 +49,7 @@ def unassisted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def started(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
     """Have the process run another program, which waits for no imports."""
-    monkeypatch.setattr(layout_picture, "_PROGRAM", program)
+    monkeypatch.setattr(layout_picture, "worker_command", lambda module: [sys.executable, "-c", program])
 
 
 def wait_until(is_done: Callable[[], bool]) -> None:
