@@ -70,7 +70,7 @@ def long_steps(runner: Runner, request: Request, hardware: Hardware) -> Iterator
     for name, (model, length) in named.items():
         steps = _WARM + 1 if (_predicted(plans[name]) or 0.0) > _LONG_S else _STEPS
         planned.append((name, plans[name], steps))
-        settings = (*_settings(request, model, length, cp, layers[length]), f"train.steps={steps}")
+        settings = _settings(request, model, length, cp, layers[length], steps)
         jobs.append(Job(name, cp, (*settings, "checkpoint.save=false")))
     base = min(2, cp // 2)
     count = _layers(request, request.agreement, base, hardware)
@@ -150,10 +150,10 @@ def _agreement(runner: Runner, request: Request, base: int, count: int) -> Itera
         }
 
 
-def _settings(request: Request, model: str, length: int, cp: int, layers: int) -> tuple[str, ...]:
+def _settings(request: Request, model: str, length: int, cp: int, layers: int, steps: int = _STEPS) -> tuple[str, ...]:
     return (
         f"+model={request.size}_{model}", f"model.num_layers={layers}", "data=mock", f"train.seq_length={length}",
-        "train.global_batch_size=1", "train.micro_batch_size=1", f"train.steps={_STEPS}", "train.recompute=full",
+        "train.global_batch_size=1", "train.micro_batch_size=1", f"train.steps={steps}", "train.recompute=full",
         "parallel.tp=1", "parallel.sequence_parallel=false", f"parallel.cp={cp}", "optim.warmup_steps=1",
         "evaluation.interval=0", "tracking.log_interval=1", "checkpoint.resume=never",
     )  # fmt: skip
