@@ -26,9 +26,9 @@ def contents_of(prefix: str) -> str:
     """Fingerprint a dataset's contents, independent of its path.
 
     Reads at most 5 MiB of each file, however long: the first MiB, and 64 blocks of 64 KiB at equal distances, of which
-    the last ends the file. These are all bytes of a file up to 4 MiB. In a longer one, they show a change in place of
-    1/63 of the file in a row, and show changes at random of a share p of all blocks with probability 1 - (1 - p)^64. A
-    change of a few documents can lie between them.
+    the last ends the file. Up to 4 MiB, the blocks are the whole file. In a longer one, they show every change in place
+    that is as long as 1/63 of the file. If a share p of all blocks changes at random, they show it with probability
+    1 - (1 - p)^64. A change of a few documents can lie between them.
     """
     heads, spreads = [], []
     for suffix in (".idx", ".bin"):
