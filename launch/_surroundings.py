@@ -1,7 +1,7 @@
 """Reports in one line why a program of this folder can't start.
 
-Covers a missing package, an invalid OMP_NUM_THREADS, and Ctrl-C during imports. Import it before everything outside
-the standard library.
+Covers a missing package, an invalid OMP_NUM_THREADS, and Ctrl-C during imports. A notebook's MPLBACKEND has no effect.
+Import it before everything outside the standard library.
 """
 
 import importlib.util
@@ -56,4 +56,6 @@ def _reject(line: str) -> NoReturn:
 
 
 sys.excepthook = _report
+# Programs draw to files only. A notebook names a backend that may not be installed here, and matplotlib's import fails.
+os.environ["MPLBACKEND"] = "agg"
 check_threads()

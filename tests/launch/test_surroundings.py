@@ -43,6 +43,14 @@ def test_thread_counts_that_openmp_reads_are_accepted(threads: str) -> None:
     assert "OMP_NUM_THREADS" not in started("pretrain.py", OMP_NUM_THREADS=threads).stderr
 
 
+def test_a_notebooks_backend_for_pictures_is_ignored(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text("import _surroundings\nimport matplotlib")
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "launch"), "MPLBACKEND": "not-installed"}
+    command = [sys.executable, str(tmp_path / "program.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_module_that_an_installed_package_lacks_is_printed_with_its_stack(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text("import _surroundings\nimport json.nothing")
     environment = os.environ | {"PYTHONPATH": str(ROOT / "launch")}
