@@ -77,15 +77,15 @@ def scaling(given: argparse.Namespace) -> None:
     launch = _launcher(given.launcher)
     runner = Runner(runs.absolute(), given.gpus, recorded, launch, given.settings, given.timeout)
     length = ["--length", str(given.attention_length)] if given.attention_length else []
-    request = Request(
+    long_request = Request(
         given.long_size, given.long_lengths, given.long_agreement, given.long_layers, given.long_seconds, given.settings
     )
     divisions = None if given.divisions is None else tuple(given.divisions)
-    wanted = speed.Request(tuple(given.models), given.seq_length, given.sequences, given.micro_batch, divisions)
+    speed_request = speed.Request(tuple(given.models), given.seq_length, given.sequences, given.micro_batch, divisions)
     parts: dict[str, Part] = {
         "parity": lambda: parity(runner, given.parity_model, length, given.parity_at_once),
         "resume": lambda: resumption(runner, given.parity_model),
-        "scaling": lambda: speed.speed(runner, wanted),
+        "scaling": lambda: speed.speed(runner, speed_request),
         "cp_bytes": lambda: runner.worker("s2train.scaling.exchange", "cp-bytes", *length),
         "balance": lambda: runner.worker("s2train.scaling.balance", "balance", *length),
         "long": lambda: long,
@@ -93,7 +93,7 @@ def scaling(given: argparse.Namespace) -> None:
     chosen = [name for name in PARTS if getattr(given, name)] or [name for name in PARTS if name != "long"]
     remaining = [name for name in chosen if not is_done(content["parts"].get(name))]
     # Planned before the other parts run, since it may be rejected.
-    long = long_steps(runner, request, detect_own()) if "long" in remaining else iter(())
+    long = long_steps(runner, long_request, detect_own()) if "long" in remaining else iter(())
 
     def write(name: str, result: dict[str, Any]) -> None:
         content["parts"][name] = result

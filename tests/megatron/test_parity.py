@@ -90,7 +90,8 @@ def test_trains_as_one_process_does(references: dict[str, Path], optimizer: str,
 @pytest.mark.long
 @pytest.mark.parametrize("tp", [2, 4])
 def test_balanced_heads_train_as_on_one_process(tp: int, tmp_path: Path) -> None:
-    own = [f"train.steps={STEPS}", "schedule.placement=balanced", "schedule.dense_heads=1", "checkpoint.save=false"]
+    own = [f"train.steps={STEPS}", "optim.warmup_steps=1", "checkpoint.save=false"]
+    own += ["schedule.placement=balanced", "schedule.dense_heads=1"]
     for processes in (1, tp):
         done = pretrain(tmp_path / str(processes), *own, f"parallel.tp={processes}", processes=processes)
         assert done.status == 0, done.err
