@@ -36,7 +36,7 @@ from s2train.training.layout_picture import LayoutPicture, check_matplotlib
 from s2train.training.loop import Speed, Trainer
 from s2train.training.metrics import Tracker
 from s2train.training.optimizer import build_optimizer, wrap_data_parallel
-from s2train.training.run_report import describe_run, loss_curve_of, report_end, report_start
+from s2train.training.run_report import describe_run, report_end, report_start
 from s2train.training.signals import StopSignals
 from s2train.training.start_times import StartTimes
 from s2train.training.startup import check_start
@@ -220,7 +220,6 @@ def _train(
     except DivergedError:
         tracker.close()
         raise
-    if is_first:
-        report_end(cfg, saved, picture.path)
-    tracker.picture("train/loss_curve", loss_curve_of(cfg))
+    if is_first and (curve := report_end(cfg, saved, picture.path)) is not None:
+        tracker.picture("train/loss_curve", curve)
     tracker.close()

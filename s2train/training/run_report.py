@@ -47,31 +47,37 @@ def report_start(cfg: PretrainConfig, start: Start, description: str, last_sampl
     tracker.event("data", epochs={one.prefix: one.epochs for one in epochs})
 
 
-def report_end(cfg: PretrainConfig, saved: Path | None, picture: Path | None) -> None:
+def report_end(cfg: PretrainConfig, saved: Path | None, picture: Path | None) -> Path | None:
     """Draw the loss curve, and say where the run ended.
+
+    A curve that can't be drawn is logged, and does not fail the run, whose losses are in metrics.jsonl.
 
     Args:
         saved: the last checkpoint, if any.
         picture: of the layout, if it was drawn.
+    Returns:
+        The curve's file; None if it was not drawn.
     """
-    from s2train.training.plots import draw_loss_curve  # matplotlib: slow, and the start needs no curve
+    train, run_dir, baseline = cfg.train, Path(cfg.run_dir), _unigram_baseline(cfg)
+    metrics, curve = run_dir / "metrics.jsonl", run_dir / "loss.png"
+    drawn: Path | None = curve
+    try:
+        from s2train.training.plots import draw_loss_curve  # matplotlib: slow, and the start needs no curve
 
-    train, curve, baseline = cfg.train, loss_curve_of(cfg), _unigram_baseline(cfg)
-    metrics = Path(cfg.run_dir) / "metrics.jsonl"
-    draw_loss_curve(metrics, curve, baseline, title=cfg.model.name)
-    begins_after = read_curves(metrics).begins_after
-    covered = f" from step {begins_after + 1}" if begins_after else ""
+        draw_loss_curve(metrics, curve, baseline, title=cfg.model.name)
+    except Exception as error:  # a broken matplotlib, a full disk
+        say(f"the loss curve can't be drawn: {type(error).__name__}: {error}")
+        drawn = None
     if baseline is not None:
         say(f"unigram entropy of the data: {baseline:.4f} nats per token, the best loss without any context")
+    begins_after = read_curves(metrics).begins_after
+    covered = f" from step {begins_after + 1}" if drawn and begins_after else ""
     say(
         f"{'finished' if train.last_step == train.steps else 'stopped'} at step {train.last_step} of {train.steps}"
-        f" | checkpoint {saved or 'none'} | loss curve {curve}{covered}" + (f" | layout {picture}" if picture else "")
+        f" | checkpoint {saved or 'none'} | loss curve {drawn or 'none'}{covered}"
+        + (f" | layout {picture}" if picture else "")
     )
-
-
-def loss_curve_of(cfg: PretrainConfig) -> Path:
-    """Return the file of a run's loss curve."""
-    return Path(cfg.run_dir) / "loss.png"
+    return drawn
 
 
 def describe_run(

@@ -10,8 +10,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from s2train.errors import ConfigError
+from s2train.planning import compose_run
 from s2train.training.plots import draw_comparison, draw_loss_curve
 from s2train.training.records import read_curves
+from s2train.training.run_report import report_end
 
 
 def write(path: Path, records: list[dict[str, Any]]) -> Path:
@@ -29,6 +31,18 @@ def metrics(tmp_path: Path) -> Path:
 def is_picture(path: Path) -> bool:
     picture = Image.open(path).convert("RGB")
     return len(np.unique(np.asarray(picture))) > 10
+
+
+@pytest.mark.usefixtures("metrics")
+def test_a_curve_that_cannot_be_drawn_does_not_fail_a_finished_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = compose_run(["+model=tiny_hybrid", f"run_dir={tmp_path}"])
+    (tmp_path / "loss.png").mkdir()  # nothing can be written there
+    assert report_end(cfg, None, None) is None
+    assert "the loss curve can't be drawn: IsADirectoryError" in capsys.readouterr().out
+    (tmp_path / "loss.png").rmdir()
+    assert report_end(cfg, None, None) == tmp_path / "loss.png"
 
 
 def test_losses_are_read_by_step(metrics: Path) -> None:
