@@ -9,10 +9,12 @@ import gzip
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from s2train.training.idle_time import Interval, idle_by_cause
 
 RANGE = "s2train: "  # prefix of our ranges' names
 LINEAR, ELEMENTWISE = "linear layers", "norms, elementwise, loss"
@@ -24,7 +26,7 @@ _COMMUNICATION = re.compile(r"nccl|^c10d::|^gloo:", re.IGNORECASE)
 _PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::matmul", "aten::linear"}
 _KERNELS = {"kernel", "gpu_memcpy", "gpu_memset"}
 _LAUNCHES = {"cuda_runtime", "cuda_driver"}
-Interval = tuple[float, float]
+_MOST_CAUSES = 6  # of idle time, in the table
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,14 @@ class ProfileTable:
         step_ms: time of a whole step.
         parts: time of each part. They add up to `step_ms`, except `HIDDEN`, which is communication while kernels
             compute. `HOST` is the remainder: on a GPU, the time in which the GPU is idle.
+        idle: what a GPU waited for, as `idle_by_cause` names it, in milliseconds.
     """
 
     steps: int
     device: str
     step_ms: float
     parts: dict[str, float]
+    idle: dict[str, float] = field(default_factory=dict)
 
     def format(self) -> str:
         """Format as a table, largest part first."""
@@ -59,7 +63,9 @@ class ProfileTable:
         console = Console(width=100)
         with console.capture() as capture:
             console.print(table)
-        return capture.get().rstrip()
+        text = capture.get().rstrip()
+        causes = [f"{cause} {time:.2f}" for cause, time in list(self.idle.items())[:_MOST_CAUSES]]
+        return f"{text}\nthe GPU was idle until these had launched, in ms: {'; '.join(causes)}" if causes else text
 
 
 def read_trace(path: Path) -> list[dict[str, Any]]:
@@ -81,13 +87,19 @@ def profile_table(events: Sequence[dict[str, Any]]) -> ProfileTable:
         raise ValueError("the trace holds no ProfilerStep. Record it by torch.profiler with its schedule argument")
     ranges = _Ranges(events)
     kernels = [e for e in events if e.get("cat") in _KERNELS]
-    times = _kernel_times(events, kernels, ranges, steps) if kernels else _operator_times(events, ranges, steps)
+    launches = {
+        event["args"]["correlation"]: event
+        for event in events
+        if event.get("cat") in _LAUNCHES and "correlation" in event.get("args", {})
+    }
+    times = _kernel_times(kernels, launches, ranges, steps) if kernels else _operator_times(events, ranges, steps)
     whole = sum(end - start for start, end in steps)
     # The remainder is time without an operator or kernel, such as waiting for a batch.
     times[HOST] = max(whole - sum(time for name, time in times.items() if name != HIDDEN), 0.0)
     scale = 1e-3 / len(steps)
     parts = {name: time * scale for name, time in times.items() if time > 0}
-    return ProfileTable(len(steps), "cuda" if kernels else "cpu", whole * scale, parts)
+    idle = {cause: time * scale for cause, time in idle_by_cause(kernels, launches, events, steps).items()}
+    return ProfileTable(len(steps), "cuda" if kernels else "cpu", whole * scale, parts, idle)
 
 
 class _Ranges:
@@ -110,16 +122,11 @@ class _Ranges:
 
 
 def _kernel_times(
-    events: Iterable[dict[str, Any]],
     kernels: Iterable[dict[str, Any]],
+    launches: Mapping[int, dict[str, Any]],
     ranges: _Ranges,
     steps: Sequence[Interval],
 ) -> dict[str, float]:
-    launches = {
-        event["args"]["correlation"]: event
-        for event in events
-        if event.get("cat") in _LAUNCHES and "correlation" in event.get("args", {})
-    }
     times: dict[str, float] = defaultdict(float)
     compute: list[Interval] = []
     communication: list[Interval] = []

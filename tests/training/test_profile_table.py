@@ -56,6 +56,35 @@ def test_a_gpu_trace_is_split_by_ranges_and_names() -> None:
     )
 
 
+IDLE_TRACE = [
+    event("ProfilerStep#3", "user_annotation", 0, 10_000),
+    event("aten::mm", "cpu_op", 100, 100),
+    event("aten::empty", "cpu_op", 110, 20),  # called by the product
+    *kernel("nvjet", 150, 1000, 1000),
+    event("autograd::engine::evaluate_function: _SendBackward", "cpu_op", 2500, 600, 2),
+    event("aten::index", "cpu_op", 2600, 400, 2),
+    *kernel("index_kernel", 2900, 3000, 500, tid=2),
+    event("cudaStreamSynchronize", "cuda_runtime", 3100, 450),
+    event("aten::add", "cpu_op", 3600, 100),
+    *kernel("add", 3650, 4000, 1000),
+    event("cudaMemcpyAsync", "cuda_runtime", 4100, 1, correlation=-1),
+    event("Memcpy HtoD", "gpu_memcpy", 5200, 100, "stream", correlation=-1),
+    *kernel("gemm_of_the_next_step", 10_500, 11_000, 100),
+]
+
+
+def test_idle_time_is_that_before_kernels_by_what_launched_them() -> None:
+    found = profile_table(IDLE_TRACE)
+    assert found.idle == pytest.approx(
+        {"aten::mm": 1.0, "_SendBackward": 1.0, "aten::add after cudaStreamSynchronize": 0.5, "cudaMemcpyAsync": 0.2}
+    )
+    assert found.parts["host"] == pytest.approx(sum(found.idle.values()) + 4.7)  # after the last kernel
+    assert found.format().endswith(
+        "the GPU was idle until these had launched, in ms: aten::mm 1.00; _SendBackward 1.00; "
+        "aten::add after cudaStreamSynchronize 0.50; cudaMemcpyAsync 0.20"
+    )
+
+
 CPU_TRACE = [
     event("ProfilerStep#3", "user_annotation", 0, 1000),
     event("ProfilerStep#4", "user_annotation", 1000, 1000),
@@ -97,7 +126,7 @@ def test_parts_add_up_to_the_step(trace: list[dict[str, Any]]) -> None:
 def test_the_table_has_the_largest_part_first() -> None:
     lines = profile_table(GPU_TRACE).format().splitlines()
     assert lines[3].split() == ["host", "3.90", "39.0%"]
-    assert lines[-1].split() == ["step", "10.00"]
+    assert lines[-2].split() == ["step", "10.00"]
 
 
 def test_a_trace_without_steps_is_rejected() -> None:
