@@ -49,7 +49,7 @@ _GPUS: tuple[tuple[str, GpuRates], ...] = (
     ("RTX 3090", GpuRates(71e12, 35.6e12, 936e9, 32e9)),
 )
 
-_GPU_FILE = Path("/dev/nvidia0")
+_DEVICES = Path("/dev")
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,12 @@ def without_driver() -> Iterator[None]:
 
 def may_have_gpu() -> bool:
     """Return whether torch may find a GPU, without CUDA's driver."""
-    return torch.backends.cuda.is_built() and _GPU_FILE.exists()
+    return torch.backends.cuda.is_built() and _gpu_file() is not None
+
+
+def _gpu_file() -> Path | None:
+    """Return an NVIDIA GPU's device file; a container may lack the first."""
+    return next(iter(sorted(_DEVICES.glob("nvidia[0-9]*"))), None)
 
 
 def hides_gpus() -> bool:
@@ -185,8 +190,8 @@ def check_gpus() -> None:
 
 def _sign_of_gpus(visible: str | None) -> str:
     """Return evidence that there are or should be GPUs, or ""."""
-    if _GPU_FILE.exists():
-        return f"{_GPU_FILE} exists"
+    if (file := _gpu_file()) is not None:
+        return f"{file} exists"
     # The first holds the number of GPUs; the second their indices, so 0 is a GPU.
     for name, none in (("SLURM_GPUS_ON_NODE", ("", "0")), ("SLURM_JOB_GPUS", ("",))):
         if (value := os.environ.get(name, "")) not in none:

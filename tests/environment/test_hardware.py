@@ -20,7 +20,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(hardware, "_GPU_FILE", tmp_path / "nvidia0")
+    monkeypatch.setattr(hardware, "_DEVICES", tmp_path)
     return tmp_path / "nvidia0"
 
 
@@ -52,10 +52,13 @@ def test_gpus_that_cuda_does_not_see_are_rejected(given: dict[str, str], monkeyp
         check_gpus()
 
 
-def test_a_device_file_is_a_sign_of_gpus_too(no_gpu: Path) -> None:
-    no_gpu.touch()
+@pytest.mark.parametrize("name", ["nvidia0", "nvidia3"])  # a container may have any of a machine's GPUs
+def test_a_device_file_is_a_sign_of_gpus_too(name: str, tmp_path: Path) -> None:
+    (tmp_path / "nvidiactl").touch()
+    check_gpus()
+    (tmp_path / name).touch()
     with pytest.raises(
-        ConfigError, match=r"^CUDA_VISIBLE_DEVICES=\(not set\): .*nvidia0 exists, but torch sees no GPU"
+        ConfigError, match=rf"^CUDA_VISIBLE_DEVICES=\(not set\): .*{name} exists, but torch sees no GPU"
     ):
         check_gpus()
 

@@ -23,7 +23,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
     file = tmp_path / "nvidia0"
     file.touch()
-    monkeypatch.setattr(hardware, "_GPU_FILE", file)
+    monkeypatch.setattr(hardware, "_DEVICES", tmp_path)
     return file
 
 
