@@ -173,10 +173,11 @@ def test_losses_are_torchs() -> None:
 def test_a_loss_in_place_rounds_gradients_alone_and_only_where_they_are_wanted() -> None:
     from s2train.megatron.in_place_loss import loss_in_place
 
-    logits, labels, dlosses = torch.randn(7, 2, 40).bfloat16(), torch.randint(40, (7, 2)), torch.rand(7, 2)
+    rows = (33, 4)  # errors of so many are 1.27 ± 0.06 times those of rounding once; of 14 rows they vary too much
+    logits, labels, dlosses = torch.randn(*rows, 40).bfloat16(), torch.randint(40, rows), torch.rand(rows)
     kept = logits.clone()
     exact = logits.double().requires_grad_()
-    expected = F.cross_entropy(exact.flatten(0, 1), labels.flatten(), reduction="none").view(7, 2)
+    expected = F.cross_entropy(exact.flatten(0, 1), labels.flatten(), reduction="none").view(rows)
     (gradient,) = torch.autograd.grad(expected, exact, dlosses.double())
     found = loss_in_place(logits, labels)
     assert logits.equal(kept)
