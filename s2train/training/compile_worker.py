@@ -2,11 +2,10 @@
 
 import gc
 import os
-import pickle
-import sys
 import time
 
 from s2train.distributed.parent_death_signal import signal_on_parent_death
+from s2train.training.worker_process import read_task
 
 
 def main() -> None:
@@ -17,8 +16,8 @@ def main() -> None:
 
     from s2train.training.compilers import Task, compile_here
 
-    task: Task = pickle.load(sys.stdin.buffer)
-    if os.getppid() != task.parent:
+    task: Task | None = read_task()
+    if task is None:
         return
     torch.cuda.set_device(task.device)
     compile_here(task)

@@ -51,7 +51,6 @@ class Task:
     Attributes:
         part: of the attention kernels; None: Liger-Kernel's.
         began: `time.monotonic()` at its start.
-        parent: the starting process's number.
     """
 
     part: Part | None
@@ -60,7 +59,6 @@ class Task:
     device: torch.device
     cp_rank: int
     began: float
-    parent: int
 
     @property
     def name(self) -> str:
@@ -126,8 +124,7 @@ def _start(cfg: PretrainConfig, hybrid: HybridLayout, hardware: Hardware) -> Com
     rank, tp = int(os.environ.get("RANK", "0")), cfg.parallel.tp
     cp_rank, began = rank // tp % cfg.parallel.cp, time.monotonic()  # Megatron's order of ranks
     tasks = [
-        Task(part, cfg, hardware, torch.device("cuda", 0), cp_rank, began, os.getpid())
-        for part in parts(cfg, hybrid, hardware)
+        Task(part, cfg, hardware, torch.device("cuda", 0), cp_rank, began) for part in parts(cfg, hybrid, hardware)
     ]
     if available_cores() < int(os.environ.get("LOCAL_WORLD_SIZE", "1")) + len(tasks):
         return None

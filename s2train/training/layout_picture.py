@@ -1,6 +1,5 @@
 """Draws the picture of a run's layout beside its steps."""
 
-import os
 import subprocess
 import tempfile
 from importlib.util import find_spec
@@ -15,7 +14,7 @@ from s2train.attention.kind import lacking
 from s2train.config import PretrainConfig
 from s2train.errors import ConfigError
 from s2train.training.metrics import Tracker
-from s2train.training.picture_worker import PICTURE, STOPPED, Task, draw
+from s2train.training.picture_worker import PICTURE, STOPPED, draw
 from s2train.training.signals import STOP_SIGNALS
 from s2train.training.worker_process import start_worker, worker_command
 
@@ -102,7 +101,7 @@ def start_process(cfg: PretrainConfig, errors: IO[bytes]) -> "subprocess.Popen[b
 
     None: no process is to draw, and the picture is drawn at the end.
     """
-    return start_worker(worker_command(_WORKER), Task(cfg, os.getpid()), subprocess.DEVNULL, errors)
+    return start_worker(worker_command(_WORKER), cfg, subprocess.DEVNULL, errors)
 
 
 def check_matplotlib() -> None:

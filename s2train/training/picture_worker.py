@@ -1,31 +1,18 @@
 """Draws a run's layout in a process; `s2train.training.layout_picture` starts it."""
 
 import os
-import pickle
 import signal
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from s2train.config import PretrainConfig
 from s2train.distributed.parent_death_signal import signal_on_parent_death
+from s2train.training.worker_process import read_task
 
 PICTURE = "layout.png"  # in the run folder
 STOPPED = 128 + signal.SIGTERM  # status of a process that SIGTERM ended
 _NICENESS = 10  # the run's steps come first
-
-
-@dataclass(frozen=True)
-class Task:
-    """What the process draws.
-
-    Attributes:
-        parent: the starting process's number.
-    """
-
-    cfg: PretrainConfig
-    parent: int
 
 
 def main() -> None:
@@ -34,9 +21,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _stop)  # leaves no unfinished picture
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run
     os.nice(_NICENESS)
-    task: Task = pickle.load(sys.stdin.buffer)
-    if os.getppid() == task.parent:
-        draw(task.cfg)
+    cfg: PretrainConfig | None = read_task()
+    if cfg is not None:
+        draw(cfg)
 
 
 def draw(cfg: PretrainConfig) -> Path:

@@ -115,7 +115,7 @@ def test_nothing_is_started_while_the_caches_hold_an_earlier_runs_kernels(emptie
 def wait(program: str, *names: str, seconds: float = 20.0) -> str:
     cfg = pretrain("+model=125m_hybrid")
     of = {str(part): part for part in (*DENSE, *SPARSE, None)}
-    tasks = [Task(of[name], cfg, H200, torch.device("cuda", 0), 0, time.monotonic(), os.getpid()) for name in names]
+    tasks = [Task(of[name], cfg, H200, torch.device("cuda", 0), 0, time.monotonic()) for name in names]
     return Compilers(tasks, [sys.executable, "-c", program]).wait(seconds)
 
 
@@ -142,10 +142,8 @@ def test_a_process_compiles_its_task_while_its_parent_lives(
     parent: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     number = os.getppid() if parent == "alive" else -1
-    task = Task(
-        DENSE[0], pretrain("+model=125m_hybrid"), H200, torch.device("cuda", 0), 0, time.monotonic() - 7, number
-    )
-    (tmp_path / "task").write_bytes(pickle.dumps(task))
+    task = Task(DENSE[0], pretrain("+model=125m_hybrid"), H200, torch.device("cuda", 0), 0, time.monotonic() - 7)
+    (tmp_path / "task").write_bytes(pickle.dumps((number, task)))
     done: list[Any] = []
     for module, name in ((gc, "disable"), (compile_worker, "signal_on_parent_death")):
         monkeypatch.setattr(module, name, lambda: None)
