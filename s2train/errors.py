@@ -15,6 +15,12 @@ INTERRUPTED_STATUS = 130  # after Ctrl-C, as a shell reports it
 STATUS_FILE = "S2TRAIN_STATUS_FILE"
 
 
+def first_line(error: BaseException) -> str:
+    """Format an error's type and the first line of its message."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
 def as_typed(value: object) -> str:
     """Format a setting's value as on the command line: null, true, [a,b]."""
     if value is None:

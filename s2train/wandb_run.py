@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from s2train.config import TrackingConfig
-from s2train.errors import ConfigError
+from s2train.errors import ConfigError, first_line
 
 STEP, CONSUMED_TOKENS = "step", "data/consumed_tokens"  # in every row, as x-axis of charts
 _X_AXES = {"step": STEP, "consumed_tokens": CONSUMED_TOKENS}
@@ -145,7 +145,7 @@ class WandbRun:
 
             self._run = self._begin(wandb)
         except Exception as error:
-            self._say(f"wandb: can't create a run ({_line(error)}); continuing without wandb")
+            self._say(f"wandb: can't create a run ({first_line(error)}); continuing without wandb")
         has_failed = False
         while (task := self._todo.get()) is not None:
             if self._run is None:
@@ -154,13 +154,13 @@ class WandbRun:
                 task(wandb, self._run)
             except Exception as error:
                 if not has_failed:
-                    self._say(f"wandb: {_line(error)}; continuing")
+                    self._say(f"wandb: {first_line(error)}; continuing")
                 has_failed = True
         if self._run is not None:
             try:
                 self._run.finish()
             except Exception as error:
-                self._say(f"wandb: {_line(error)} ({self._remedy()})")
+                self._say(f"wandb: {first_line(error)} ({self._remedy()})")
 
     def _begin(self, wandb: Any) -> Any:
         try:
@@ -168,7 +168,7 @@ class WandbRun:
         except Exception as error:
             if self._info.mode != "online":
                 raise
-            self._say(f"wandb: no connection ({_line(error)}): this run is logged offline ({self._remedy()})")
+            self._say(f"wandb: no connection ({first_line(error)}): this run is logged offline ({self._remedy()})")
             return self._init(wandb, "offline")
 
     def _init(self, wandb: Any, mode: str) -> Any:
@@ -207,8 +207,3 @@ def place_of(step: int, consumed_tokens: int) -> dict[str, int]:
 def new_id() -> str:
     """Generate an id in wandb's format."""
     return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
-
-
-def _line(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

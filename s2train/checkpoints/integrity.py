@@ -11,6 +11,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from torch.distributed.checkpoint import FileSystemReader
 
+from s2train.errors import first_line
 from s2train.kernels.versions import installed_version
 
 CONFIG, PROGRESS, COMMON = "config.yaml", "progress.json", "common.pt"
@@ -76,7 +77,7 @@ def _damage_of(file: Path, check: Callable[[Path], None]) -> str | None:
     try:
         check(file)
     except Exception as error:  # the parsers raise many types; any of them makes the file unusable
-        return f"its {file.name} can't be read ({_first_line(error)})"
+        return f"its {file.name} can't be read ({first_line(error)})"
     return None
 
 
@@ -141,7 +142,3 @@ def _check_zip(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         if damaged := archive.testzip():
             raise ValueError(f"its member {damaged} is damaged")
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__

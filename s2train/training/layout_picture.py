@@ -12,7 +12,7 @@ from s2train.attention.features import Feature
 from s2train.attention.hybrid import HybridLayout
 from s2train.attention.kind import lacking
 from s2train.config import PretrainConfig
-from s2train.errors import ConfigError
+from s2train.errors import ConfigError, first_line
 from s2train.training.metrics import Tracker
 from s2train.training.picture_worker import PICTURE, STOPPED, draw
 from s2train.training.signals import STOP_SIGNALS
@@ -93,7 +93,7 @@ class LayoutPicture:
         try:
             self._show(draw(self._cfg))
         except Exception as found:  # a broken matplotlib, a full disk: the run needs no picture
-            self._log_problem(f"{type(found).__name__}: {(str(found).strip().splitlines() or [''])[0]}")
+            self._log_problem(first_line(found))
 
 
 def start_process(cfg: PretrainConfig, errors: IO[bytes]) -> "subprocess.Popen[bytes] | None":

@@ -18,6 +18,7 @@ from s2train.data.indexed import read_metadata
 from s2train.data.tokenizers import Tokenizer
 from s2train.environment.hardware_queues import queues
 from s2train.environment.liger import kernels_line
+from s2train.errors import first_line
 from s2train.kernels.attention import Backend as AttentionBackend
 from s2train.kernels.attention import resolve_backend
 from s2train.megatron.layer_backends import Backend, own_capability
@@ -66,7 +67,7 @@ def report_end(cfg: PretrainConfig, saved: Path | None, picture: Path | None) ->
 
         draw_loss_curve(metrics, curve, baseline, title=cfg.model.name)
     except Exception as error:  # a broken matplotlib, a full disk
-        say(f"the loss curve can't be drawn: {type(error).__name__}: {error}")
+        say(f"the loss curve can't be drawn: {first_line(error)}")
         drawn = None
     if baseline is not None:
         say(f"unigram entropy of the data: {baseline:.4f} nats per token, the best loss without any context")
