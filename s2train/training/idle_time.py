@@ -13,6 +13,7 @@ from typing import Any
 Event = Mapping[str, Any]
 Interval = tuple[float, float]
 
+RUNTIME_CALLS = {"cuda_runtime", "cuda_driver"}  # categories of events
 _WAITS = re.compile(r"Synchronize$")  # of streams, events, the device; copies to the host end with one
 _BACKWARD = "autograd::engine::evaluate_function: "
 
@@ -33,7 +34,7 @@ def idle_by_cause(
         steps: traced steps.
     """
     operators = _Outermost(event for event in events if event.get("cat") == "cpu_op")
-    waits = sorted((end, event["name"]) for event in events if _is_wait(event) for end in (event["ts"] + event["dur"],))
+    waits = sorted((event["ts"] + event["dur"], event["name"]) for event in events if _is_wait(event))
     found: dict[str, float] = defaultdict(float)
     busy_until = float("-inf")
     for kernel in sorted(kernels, key=lambda kernel: kernel["ts"]):
@@ -52,7 +53,7 @@ def idle_by_cause(
 
 
 def _is_wait(event: Event) -> bool:
-    return event.get("cat") in ("cuda_runtime", "cuda_driver") and _WAITS.search(event["name"]) is not None
+    return event.get("cat") in RUNTIME_CALLS and _WAITS.search(event["name"]) is not None
 
 
 def _last_wait(waits: Sequence[tuple[float, str]], after: float, before: float) -> str | None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from s2train.training.idle_time import Interval, idle_by_cause
+from s2train.training.idle_time import RUNTIME_CALLS, Interval, idle_by_cause
 
 RANGE = "s2train: "  # prefix of our ranges' names
 LINEAR, ELEMENTWISE = "linear layers", "norms, elementwise, loss"
@@ -25,7 +25,6 @@ _GEMM = re.compile(r"gemm|nvjet|cutlass|cublas|xmma|splitk", re.IGNORECASE)
 _COMMUNICATION = re.compile(r"nccl|^c10d::|^gloo:", re.IGNORECASE)
 _PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::matmul", "aten::linear"}
 _KERNELS = {"kernel", "gpu_memcpy", "gpu_memset"}
-_LAUNCHES = {"cuda_runtime", "cuda_driver"}
 _MOST_CAUSES = 6  # of idle time, in the table
 
 
@@ -87,18 +86,23 @@ def profile_table(events: Sequence[dict[str, Any]]) -> ProfileTable:
         raise ValueError("the trace holds no ProfilerStep. Record it by torch.profiler with its schedule argument")
     ranges = _Ranges(events)
     kernels = [e for e in events if e.get("cat") in _KERNELS]
-    launches = {
-        event["args"]["correlation"]: event
-        for event in events
-        if event.get("cat") in _LAUNCHES and "correlation" in event.get("args", {})
-    }
-    times = _kernel_times(kernels, launches, ranges, steps) if kernels else _operator_times(events, ranges, steps)
+    idle: dict[str, float] = {}
+    if kernels:
+        launches = {
+            event["args"]["correlation"]: event
+            for event in events
+            if event.get("cat") in RUNTIME_CALLS and "correlation" in event.get("args", {})
+        }
+        times = _kernel_times(kernels, launches, ranges, steps)
+        idle = idle_by_cause(kernels, launches, events, steps)
+    else:
+        times = _operator_times(events, ranges, steps)
     whole = sum(end - start for start, end in steps)
     # The remainder is time without an operator or kernel, such as waiting for a batch.
     times[HOST] = max(whole - sum(time for name, time in times.items() if name != HIDDEN), 0.0)
     scale = 1e-3 / len(steps)
     parts = {name: time * scale for name, time in times.items() if time > 0}
-    idle = {cause: time * scale for cause, time in idle_by_cause(kernels, launches, events, steps).items()}
+    idle = {cause: time * scale for cause, time in idle.items()}
     return ProfileTable(len(steps), "cuda" if kernels else "cpu", whole * scale, parts, idle)
 
 
