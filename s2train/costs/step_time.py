@@ -392,7 +392,7 @@ class _Model:
         It is divided over tensor parallel ranks.
         """
         tp = self.cfg.parallel.tp
-        speed = self._speed(tp) * _TP_LINK.get(tp, max(_TP_LINK.values())) / _USED_LINK
+        speed = self._speed(tp, used=_TP_LINK.get(tp, max(_TP_LINK.values())))
         return self.tokens * self.cfg.model.hidden_size * 2 * (tp - 1) / tp / speed
 
     def _shared_projection(self) -> float:
@@ -414,20 +414,21 @@ class _Model:
         mode = exchange_mode(layer, self.groups, cfg.train.seq_length, cfg.parallel)
         gathers = layer.is_dense or mode == "gather"
         # Each rank fetches other blocks, through its own network card.
-        speed = self._speed(cp, stride=cfg.parallel.tp, shares=gathers) * _CP_LINK / _USED_LINK
+        speed = self._speed(cp, stride=cfg.parallel.tp, shares=gathers, used=_CP_LINK)
         whole = _CP_WAIT + 4 * keys * (cp - 1) / cp / speed  # keys and values, and their gradients
         return whole if gathers else _CP_SPARSE * whole
 
-    def _speed(self, ranks: int, stride: int = 1, shares: bool = True) -> float:
+    def _speed(self, ranks: int, stride: int = 1, shares: bool = True, used: float = _USED_LINK) -> float:
         """Return bytes/s over `ranks` ranks, each `stride` ranks after the one before.
 
         Args:
             shares: whether the GPUs of a machine share what arrives, so that the network cards of all carry it.
+            used: fraction of the link's peak that is reached.
         """
         if ranks * stride <= GPUS_PER_MACHINE:
-            return _USED_LINK * self.link
+            return used * self.link
         together = max(1, min(ranks, GPUS_PER_MACHINE // stride)) if shares else 1
-        return _USED_LINK * min(self.link, together * NETWORK)
+        return used * min(self.link, together * NETWORK)
 
 
 def _attention_rates(cfg: PretrainConfig, hardware: Hardware, impl: Implementations, factor: float) -> AttentionRates:
