@@ -92,7 +92,7 @@ def _find_start(cfg: PretrainConfig, masks: dict[str, str], tokenizer: str | Non
             raise ConfigError(
                 "checkpoint.new_data", True, lacking, "Set checkpoint.resume=RUN_DIR too, or leave it out"
             )
-        return Start(None, Progress(0, 0, data_order(cfg), None, decays_gains=False))
+        return Start(None, _step_0(cfg))
     if problem := damage(checkpoint):
         raise ConfigError("checkpoint.resume", checkpoint, problem, remedy_for_damage(checkpoint, "checkpoint.resume"))
     saved, is_in_run_dir = read_progress(checkpoint, "checkpoint.resume"), is_own(checkpoint, cfg.run_dir)
@@ -122,9 +122,7 @@ def _find_start(cfg: PretrainConfig, masks: dict[str, str], tokenizer: str | Non
     initial = initial_weights(trained, cfg, checkpoint, weights_only)
     if weights_only:
         rotation = [change for change in changes if change.setting in _PHASE_MAY_CHANGE]
-        return Start(
-            checkpoint, Progress(0, 0, data_order(cfg), None, decays_gains=False), changes=rotation, initial=initial
-        )
+        return Start(checkpoint, _step_0(cfg), changes=rotation, initial=initial)
     _check_frozen_trunk(cfg, trained, saved.step, checkpoint)
     _check_muon(cfg, changes, checkpoint)
     _check_precision(cfg, changes, checkpoint)
@@ -241,6 +239,10 @@ def _check_frozen_trunk(cfg: PretrainConfig, before: PretrainConfig, step: int, 
         problem = f"{checkpoint} is at step {step}, and the optimizer state of its trunk would keep moving it"
         remedy = f"Set at most {step}, or start from its weights with checkpoint.weights_only=true"
         raise ConfigError("train.freeze_trunk_steps", frozen, problem, remedy)
+
+
+def _step_0(cfg: PretrainConfig) -> Progress:
+    return Progress(0, 0, data_order(cfg), None, decays_gains=False)
 
 
 def data_order(cfg: PretrainConfig, first_step: int = 0) -> dict[str, Any]:
