@@ -22,13 +22,15 @@ class Group:
     """Runs of one variant in one phase that differ in their seeds.
 
     Attributes:
-        speed: measurement of first steps; None: none.
+        gpus: number of GPUs whose times are given: the fewest of the phase's runs.
+        speed: measurement of first steps on them; None: none.
         has_times: whether time and throughput are given: not if the phase's are of several GPU models.
     """
 
     variant: str
     phase: str
     results: tuple[Result, ...]
+    gpus: int
     speed: Mapping[str, Any] | None = None
     has_times: bool = True
 
@@ -51,8 +53,8 @@ class Group:
 
     @property
     def timed(self) -> list[Result]:
-        """Results of runs that had their GPU alone."""
-        return [result for result in self.results if not result.shared_gpu]
+        """Results of runs whose times are given: alone on `gpus` GPUs."""
+        return [result for result in self.results if not result.shared_gpu and result.gpus == self.gpus]
 
     @property
     def devices(self) -> set[str]:
@@ -64,7 +66,7 @@ class Group:
     def speeds(self) -> list[tuple[float, float | None]]:
         """Throughput of one GPU, and MFU if known.
 
-        Of runs that had their GPU alone, or else of first steps that did.
+        Of runs in `timed`, or else of first steps.
         """
         if not self.has_times:
             return []
@@ -91,12 +93,12 @@ class Group:
     def gpu_seconds(self, result: Result) -> list[float]:
         """Return the GPU time of a run's evaluations.
 
-        For a run that shared its GPU, it is that of its steps at the speed of `tokens_per_s`; empty if that is unknown.
+        For a run that is not in `timed`, it is that of its steps at the speed of `tokens_per_s`; empty if that is unknown.
         """
         if self.tokens_per_s is None:
             return []
         seconds = [seconds for _, seconds, _ in result.held_out]
-        if not result.shared_gpu:
+        if result in self.timed:
             return seconds
         scale = result.summary.tokens_per_s / result.gpus / self.tokens_per_s
         return [scale * one for one in seconds]
@@ -185,7 +187,7 @@ def groups(results: Sequence[Result], speeds: Mapping[str, Mapping[str, Any]] | 
     """Group results by phase and variant, in the study's order.
 
     Phases and variants that are not in the study follow. A phase on several GPU models has no times: those of one model
-    say nothing about another's.
+    say nothing about another's. Of several numbers of GPUs, the fewest have times.
 
     Args:
         speeds: measurements of first steps by `speed.key`.
@@ -201,8 +203,9 @@ def groups(results: Sequence[Result], speeds: Mapping[str, Mapping[str, Any]] | 
     grouped: dict[str, list[Group]] = {}
     for phase, variant in keys:
         own = sorted(by_key[phase, variant], key=lambda result: result.run.seed)
-        measured = (speeds or {}).get(speed.key(own[0].run, own[0].gpus))
-        grouped.setdefault(phase, []).append(Group(variant, phase, tuple(own), measured))
+        gpus = min(result.gpus for (name, _), found in by_key.items() if name == phase for result in found)
+        measured = (speeds or {}).get(speed.key(own[0].run, gpus))
+        grouped.setdefault(phase, []).append(Group(variant, phase, tuple(own), gpus, measured))
     return {
         phase: [replace(group, has_times=False) for group in own] if len(by_device(own)) > 1 else own
         for phase, own in grouped.items()

@@ -121,11 +121,19 @@ def _phase(name: str, own: Sequence[Group]) -> str:
 
 
 def _gpus(own: Sequence[Group]) -> list[str]:
-    """Say that times of several GPU models are not compared."""
-    if len(found := by_device(own)) < 2:
-        return []
-    named = "; ".join(f"{device}: {', '.join(variants)}" for device, variants in found.items())
-    return [f"The runs were timed on several GPU models, so GPU time, tokens/s and MFU are left out ({named})."]
+    """Say which times are not compared, if the runs had different GPUs."""
+    said = []
+    if len({result.gpus for group in own for result in group.results}) > 1:
+        alone = f"{own[0].gpus} GPU{'s' if own[0].gpus > 1 else ''}"
+        said.append(
+            f"GPU time, tokens/s and MFU are those of {alone}: of other runs, those of first steps on {alone}, or {UNKNOWN}."
+        )
+    if len(found := by_device(own)) > 1:
+        named = "; ".join(f"{device}: {', '.join(variants)}" for device, variants in found.items())
+        said.append(
+            f"The runs were timed on several GPU models, so GPU time, tokens/s and MFU are left out ({named})."
+        )
+    return said
 
 
 def _by_position(own: Sequence[Group]) -> tuple[list[str], list[list[str]]]:

@@ -91,12 +91,24 @@ def test_the_speed_of_runs_that_shared_a_gpu_is_measured_alone(folders: Folders)
 
 def test_the_gpu_time_of_runs_that_shared_a_gpu_is_that_of_their_measured_speed(folders: Folders) -> None:
     result(folders, Run("dense"), [4.0, 2.0], step_s=0.5)
-    result(folders, Run("hybrid"), [5.0, 3.0], step_s=4.0, gpus=2, shared_gpu=True)  # 50 tokens/s per GPU
-    folders.speed.write_text(json.dumps({"rows": {"hybrid-16k-gpus2": {"tokens_per_s": 200, "gpus": 2, "mfu": None}}}))
+    result(folders, Run("hybrid"), [5.0, 3.0], step_s=4.0, shared_gpu=True)  # 25 tokens/s
+    measured(folders, hybrid=100)
     dense, hybrid = groups(read_results(folders), speed.read(folders))["16k"]
     slow = [seconds for _, seconds, _ in hybrid.results[0].held_out]
     assert hybrid.gpu_seconds(hybrid.results[0]) == [seconds / 4 for seconds in slow]
     assert common_gpu_seconds([dense, hybrid]) == 10
+
+
+def test_times_of_runs_on_more_gpus_are_those_of_first_steps_on_the_fewest(folders: Folders) -> None:
+    result(folders, Run("dense"), [4.0, 2.0], step_s=1.0)
+    for variant in ("hybrid", "window"):
+        result(folders, Run(variant), [5.0, 3.0], step_s=2.0, gpus=4)  # 50 tokens/s per GPU
+    measured(folders, hybrid=100)
+    report = write_report(folders)[0].read_text()
+    assert cells(report, "hybrid")[6:9] == ["3.0000", "100", "25.0%"]
+    assert cells(report, "window")[6:9] == ["–", "–", "–"]
+    assert "those of 1 GPU: of other runs, those of first steps on 1 GPU, or –." in report
+    assert "is not drawn: phase 16k: window." in report
 
 
 def test_times_of_several_gpu_models_are_left_out_and_named(folders: Folders) -> None:
