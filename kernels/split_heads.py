@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .launch import Launcher
+
 _ELEMENTS = 512  # of a half head that a program loads at once: 8 bytes of each of 128 threads in bfloat16
 
 
@@ -69,16 +71,24 @@ def _split_heads_kernel(  # type: ignore[no-untyped-def]
         _copy(v, packed + (PER_GROUP + 1) * DIM, exists, 0, DIM, COLUMNS)
 
 
+_launch_kernel = Launcher(_split_heads_kernel)
+
+
 def _launch(packed: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> None:
     length, batch, groups, width = packed.shape
     dim, half = q.shape[-1], cos.shape[-1]
     half_columns = triton.next_power_of_2(half)
     block = max(1, _ELEMENTS // half_columns)
     tokens = length * batch
-    _split_heads_kernel[(triton.cdiv(tokens, block) * groups,)](
-        packed, q, k, v, cos, sin, tokens, batch, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        GROUPS=groups, PER_GROUP=width // dim - 2, DIM=dim, HALF=half,
-        BLOCK=block, HALF_COLUMNS=half_columns, COLUMNS=triton.next_power_of_2(dim), BACKWARD=backward,
+    per_group, columns = width // dim - 2, triton.next_power_of_2(dim)
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    _launch_kernel(
+        (triton.cdiv(tokens, block) * groups, 1, 1),
+        (
+            packed, q, k, v, cos, sin, tokens, batch, *strides,
+            groups, per_group, dim, half, block, half_columns, columns, backward,
+        ),
+        (packed.dtype, cos.dtype, tokens, batch, strides, groups, per_group, dim, half, backward),
     )  # fmt: skip
 
 

@@ -30,6 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..forward import LOG2_E
+from ..launch import launch
 from ..part_sums import launch_of_sums, new_parts, s2_attention_bwd_kernel_add_parts
 from ..spec import AttentionSpec, empty, empty_bhsd
 from ..tiles import strides
@@ -39,7 +40,7 @@ from .backward_rows import s2_attention_bwd_kernel_hopper_finish, s2_attention_b
 from .backward_schedule import BackwardSchedule
 from .backward_steps import TILE, idle_step, process_halves, process_step
 from .call_schedule import schedule_of_call
-from .launch import descriptor, launch
+from .descriptors import descriptor
 from .releases import async_load, async_store, reduce_add, reinterpret, thread_barrier
 from .repeated import Launched, RepeatedBackward, can_repeat
 from .shared_tiles import SharedTiles, launch_of_tiles, s2_attention_bwd_kernel_hopper_add_tiles

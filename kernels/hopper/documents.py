@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from ..launch import launch
 
 COLUMNS = 4  # of the table: 16 bytes a row
 _TILES = 64

@@ -28,13 +28,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..configs import multiprocessors
+from ..launch import launch
 from ..spec import AttentionSpec, empty, empty_bhsd
 from ..topk_layout import Layout, TopKLayout
+from .descriptors import descriptor
 from .documents import COLUMNS, document_table
 from .forward_config import CONFIGS, HopperConfig
 from .forward_schedule import TILE, ForwardSchedule, forward_schedule
 from .forward_softmax import no_sum, row_sum, scaled, softmax
-from .launch import descriptor, launch
 from .releases import async_load, async_store, reinterpret, thread_barrier
 from .repeated import RepeatedForward, can_repeat
 from .support import PANEL, padded_to_panels

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..column_parts import LEAST_ROWS, SUM_COLUMNS, cut_columns, most_slots, trimmed
 from ..configs import multiprocessors
+from ..launch import launch
 from ..topk_layout import TopKLayout
-from .launch import launch
 
 TILE = 64
 LEAST_STEPS = LEAST_ROWS // TILE  # a pair with fewer stays whole

@@ -18,8 +18,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
 
 from .. import spec as specs
+from ..launch import watched
 from ..spec import Format, in_format
-from .launch import watched
 
 Launched = tuple[Any, tuple[int, int, int], Sequence[Any]]  # compiled kernel, grid, arguments
 

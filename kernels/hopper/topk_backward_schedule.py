@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ..column_parts import SUM_COLUMNS
 from ..configs import multiprocessors
+from ..launch import launch
 from ..topk_layout import TopKLayout
 from .backward_schedule import ACTIVE_BITS, QUERY_BITS, TILE, BackwardSchedule
-from .launch import launch
 from .pair_parts import PairParts, cut_topk_pairs, most_topk_slots
 
 _SLOTS_AT_ONCE = 1024

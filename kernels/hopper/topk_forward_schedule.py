@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import launch
 from ..topk_layout import TopKLayout
 from .forward_schedule import TILE, ForwardSchedule
-from .launch import launch
 
 MAX_SLOTS = 2048  # per list: a program compares all candidates of a tile with each other
 _PAIRS_AT_ONCE = 8192  # candidate comparisons at once: limited by registers

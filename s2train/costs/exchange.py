@@ -14,8 +14,8 @@ from s2train.layouts.counting import touched_key_blocks
 # (launch/results/2026-11-29-h200x4-exchange.json) 0.60 to 0.97 for six layers that exchange 2 to 21 % of the bytes,
 # 0.98 at 26 %, 1.01 at 31 %, 1.03 at 38 % and 1.11 at 75 %. On two H100s (2026-11-26-h100x2-cp-bytes.json) 0.81 to 0.97
 # up to 21 %, 1.18 at 38 % and 1.02 at 75 %. The limit is the middle of 26 and 31 %.
-# On other H200s, after keys and values were exchanged as one tensor (2026-11-29-h200x4-cp-bytes.json), 0.68 to 0.94 up to
-# 11 %, 0.99 to 1.02 at 20 to 26 %, 1.03 at 31 % and 1.09 at 38 %.
+# On other H200s, after keys and values were exchanged as one tensor (2026-11-29-h200x4-cp-bytes.json), 0.68 to 0.94 up
+# to 11 %, 0.99 to 1.02 at 20 to 26 %, 1.03 at 31 % and 1.09 at 38 %.
 AUTO_LIMIT = 0.28
 
 

@@ -6,38 +6,58 @@ backward, one kernel adds the residual stream's gradient to the norm's.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
-from liger_kernel.ops import fused_add_rms_norm_forward
-from liger_kernel.ops.fused_add_rms_norm import _fused_add_rms_norm_backward_kernel
-from liger_kernel.ops.utils import torch_to_triton_dtype
+from liger_kernel.ops.fused_add_rms_norm import (
+    _CASTING_MODE_GEMMA,
+    _fused_add_rms_norm_backward_kernel,
+    _fused_add_rms_norm_forward_kernel,
+)
+from liger_kernel.ops.utils import calculate_settings, torch_to_triton_dtype
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.transformer_block import TransformerBlock
-from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from s2train.kernels.launch import Launcher
 from s2train.megatron.norm import RMSNorm
 
 # Liger-Kernel launches one program per multiprocessor, which waits for memory row by row: its RMSNorm's backward moves
 # 1.2 TB/s on an H100 (launch/results/2026-11-28-h100-elementwise.json).
 PROGRAMS = 8
 
+# It casts to fp32 before the norm and back after the product with the weight, as torch's RMSNorm does.
+_CASTING: int = _CASTING_MODE_GEMMA.value
+_STAGES = 2  # as Liger-Kernel launches its kernels
+
+_launch_forward = Launcher(_fused_add_rms_norm_forward_kernel)
+_launch_backward = Launcher(_fused_add_rms_norm_backward_kernel)
+
 
 class _SumAndNorm(torch.autograd.Function):
-    """Liger-Kernel's function with another backward.
+    """Liger-Kernel's kernels, launched at less host cost.
 
-    It has more programs, and reads no zeros if nothing but the norm uses the sum.
+    The backward has more programs than Liger-Kernel's, and reads no zeros if nothing but the norm uses the sum.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        # "gemma" casts to fp32 before the norm and back after the product with the weight, as torch's RMSNorm does
-        normed, total, rstd, *ctx.launch = fused_add_rms_norm_forward(
-            x.contiguous(), residual.contiguous(), weight, eps, 0.0, "gemma"
-        )
+        x, residual = x.contiguous(), residual.contiguous()
+        width = x.shape[-1]
+        rows = x.numel() // width
+        normed, total, rstd = torch.empty_like(x), torch.empty_like(x), x.new_empty(rows, dtype=torch.float32)
+        block, warps = calculate_settings(width)
+        _launch_forward(
+            (rows, 1, 1),
+            (
+                normed, width, total, width, x, width, residual, width, weight, 1, rstd, 1,
+                width, eps, 0.0, _CASTING, block,
+            ),
+            (x.dtype, residual.dtype, weight.dtype, width), num_warps=warps, num_stages=_STAGES,
+        )  # fmt: skip
         ctx.save_for_backward(total, weight, rstd)
         return normed, total
 
@@ -47,21 +67,29 @@ class _SumAndNorm(torch.autograd.Function):
         if dnormed is None:
             return dtotal, dtotal, None, None
         total, weight, rstd = ctx.saved_tensors
-        block, warps, stages, casting = ctx.launch
         width = total.shape[-1]
+        block, warps = calculate_settings(width)
         rows = total.numel() // width
-        processors = torch.cuda.get_device_properties(total.device).multi_processor_count if total.is_cuda else 1
-        programs = PROGRAMS * processors
+        programs = PROGRAMS * _processors(total.device)
         dx = torch.empty_like(total)
         dweights = weight.new_empty(programs, width, dtype=torch.float32) if ctx.needs_input_grad[2] else None
-        _fused_add_rms_norm_backward_kernel[(programs,)](
-            dnormed.contiguous(), width, None if dtotal is None else dtotal.contiguous(), width, dx, width,
-            total, width, torch_to_triton_dtype[total.dtype], weight, 1, rstd, 1, dweights, width,
-            rows, width, 0.0, -(-rows // programs), casting,
-            BLOCK_SIZE=block, has_dS_out=dtotal is not None, COMPUTE_DW=dweights is not None,
-            num_warps=warps, num_stages=stages,
+        each = -(-rows // programs)
+        dtypes = (dnormed.dtype, None if dtotal is None else dtotal.dtype, total.dtype, weight.dtype)
+        _launch_backward(
+            (programs, 1, 1),
+            (
+                dnormed.contiguous(), width, None if dtotal is None else dtotal.contiguous(), width, dx, width,
+                total, width, torch_to_triton_dtype[total.dtype], weight, 1, rstd, 1, dweights, width,
+                rows, width, 0.0, each, _CASTING, block, dtotal is not None, dweights is not None,
+            ),
+            (*dtypes, rows, width, each, dweights is None), num_warps=warps, num_stages=_STAGES,
         )  # fmt: skip
         return dx, dx, None if dweights is None else dweights.sum(0).to(weight.dtype), None
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def sum_and_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -94,8 +122,6 @@ class SummingRMSNorm(RMSNorm):
         if residual is not None:
             assert self.eps is not None
             normed, total = sum_and_norm(x, residual, self.weight, self.eps)
-            # Liger-Kernel returns views, of which Megatron's layer would make another tensor.
-            total = make_viewless_tensor(total, requires_grad=total.requires_grad, keep_graph=True)
             self._ready = total, normed
             return total
         ready, self._ready = self._ready, None

@@ -93,7 +93,8 @@ class Group:
     def gpu_seconds(self, result: Result) -> list[float]:
         """Return the GPU time of a run's evaluations.
 
-        For a run that is not in `timed`, it is that of its steps at the speed of `tokens_per_s`; empty if that is unknown.
+        For a run that is not in `timed`, it is that of its steps at the speed of `tokens_per_s`; empty if that is
+        unknown.
         """
         if self.tokens_per_s is None:
             return []

@@ -125,14 +125,13 @@ def _gpus(own: Sequence[Group]) -> list[str]:
     said = []
     if len({result.gpus for group in own for result in group.results}) > 1:
         alone = f"{own[0].gpus} GPU{'s' if own[0].gpus > 1 else ''}"
-        said.append(
-            f"GPU time, tokens/s and MFU are those of {alone}: of other runs, those of first steps on {alone}, or {UNKNOWN}."
-        )
+        said += [
+            f"GPU time, tokens/s and MFU are those of {alone}: of other runs, those of first steps on {alone},",
+            f"or {UNKNOWN}.",
+        ]
     if len(found := by_device(own)) > 1:
         named = "; ".join(f"{device}: {', '.join(variants)}" for device, variants in found.items())
-        said.append(
-            f"The runs were timed on several GPU models, so GPU time, tokens/s and MFU are left out ({named})."
-        )
+        said.append(f"The runs were timed on several GPU models, so GPU time, tokens/s and MFU are left out ({named}).")
     return said
 
 

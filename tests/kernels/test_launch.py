@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from s2train.kernels.hopper import launch as module
-from s2train.kernels.hopper.launch import descriptor, launch
+from s2train.kernels import launch as module
+from s2train.kernels.hopper.descriptors import descriptor
+from s2train.kernels.launch import Launcher, launch
 from triton import knobs
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -74,6 +75,17 @@ def test_a_kernel_is_compiled_once_a_key_and_launched_each_time() -> None:
     prefix = (7, 2, 1, "stream of 1", "function", "metadata", None, None, None)
     assert first.runs[1:] == [(*prefix, 2, "x"), (*prefix, 4, "x")]
     assert len(second.runs) == 1
+
+
+def test_a_launcher_compiles_for_each_key_alignment_and_option() -> None:
+    kernel, memory = Kernel(), torch.zeros(64)
+    launcher = Launcher(kernel)
+    even, odd = memory[4:], memory[1:]
+    for tensor, key, warps in ((even, "a", 4), (memory, "a", 4), (odd, "a", 4), (even, "b", 4), (even, "a", 8)):
+        launcher((7, 1, 1), (tensor, 1), (key,), num_warps=warps)
+    assert [len(compiled.runs) for compiled in kernel.compiled] == [2, 1, 1, 1]
+    given = kernel.compiled[0].runs[1]
+    assert given[-2] is memory
 
 
 def test_a_profiler_sees_every_launch() -> None:

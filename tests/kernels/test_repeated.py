@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 import triton
-from s2train.kernels import BlockLayout, block_sparse_attention
+from s2train.kernels import BlockLayout, block_sparse_attention, launch
 from s2train.kernels.call import keep
-from s2train.kernels.hopper import backward, forward, launch, repeated, support
+from s2train.kernels.hopper import backward, forward, repeated, support
 from torch import Tensor
 from triton.backends.nvidia import driver as nvidia
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor

@@ -107,7 +107,7 @@ def test_times_of_runs_on_more_gpus_are_those_of_first_steps_on_the_fewest(folde
     report = write_report(folders)[0].read_text()
     assert cells(report, "hybrid")[6:9] == ["3.0000", "100", "25.0%"]
     assert cells(report, "window")[6:9] == ["–", "–", "–"]
-    assert "those of 1 GPU: of other runs, those of first steps on 1 GPU, or –." in report
+    assert "those of 1 GPU: of other runs, those of first steps on 1 GPU,\nor –." in report
     assert "is not drawn: phase 16k: window." in report
 
 

@@ -1,31 +1,13 @@
-"""Launch kernels with TMA descriptors at less host cost than Triton's launcher."""
+"""Launch kernels at less host cost than Triton's launcher."""
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 from triton import knobs
-from triton.experimental.gluon.language import NVMMASharedLayout
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
-
-# Triton 3.6 has the field `padding`; 3.7 also has `round_f32_to_tf32`.
-_DEFAULTS = {field.name: field.default for field in fields(TensorDescriptor) if field.default is not MISSING}
-
-
-def descriptor(
-    base: Tensor, shape: list[int], strides: list[int], block_shape: list[int], layout: NVMMASharedLayout
-) -> TensorDescriptor:
-    """Make a `TensorDescriptor` without its checks.
-
-    The checks would take two thirds of the time; `fits_descriptor` has already made them.
-    """
-    made = object.__new__(TensorDescriptor)
-    made.__dict__.update(_DEFAULTS, base=base, shape=shape, strides=strides, block_shape=block_shape, layout=layout)
-    return made
 
 
 def launch(
@@ -63,3 +45,27 @@ def watched() -> bool:
     runtime = knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter)) or bool(getattr(leave, "calls", leave))
+
+
+class Launcher:
+    """Launches one kernel, and keeps what was compiled."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self._compiled: dict[Any, Any] = {}
+
+    def __call__(
+        self, grid: tuple[int, int, int], arguments: tuple[Any, ...], key: tuple[Any, ...], **options: int
+    ) -> None:
+        """Launch `kernel[grid](*arguments, **options)` on the tensors' device.
+
+        Triton inspects arguments only if their key, device, options or alignment are new.
+
+        Args:
+            arguments: all that the kernel takes, constants too, in its order; the first is a tensor.
+            key: as `launch` takes it, but for the alignment of pointers.
+        """
+        device = arguments[0].device
+        aligned = tuple(x.data_ptr() % 16 == 0 for x in arguments if isinstance(x, Tensor))
+        key = (device, aligned, *key, *options.values())
+        launch(self.kernel, grid, arguments, cache=self._compiled, key=key, device=device, **options)
