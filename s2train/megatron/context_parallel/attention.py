@@ -44,7 +44,7 @@ def attend_gathered(
             the last key.
         query, key, value: as in `attend_after_exchange`.
     """
-    keys, values = gather_seen(key, group), gather_seen(value, group)  # later keys are masked
+    keys, values = gather_seen(key, value, group)  # later keys are masked
     rows = query.shape[0] // 2
     chunks = zip(chunk_ids(group.rank(), group.size()), query.chunk(2), keys, values, strict=True)
     return torch.cat([attend(part, seen, of_seen, chunk * rows) for chunk, part, seen, of_seen in chunks])
