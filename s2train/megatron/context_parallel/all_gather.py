@@ -91,6 +91,9 @@ class _Seen(torch.autograd.Function):
 
 
 def _views(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    """View each rank's keys, then values, as [ranks, chunk, s / 2 cp, …]."""
+    """View each rank's keys and its values.
+
+    They are beside each other in `flat`, and become [ranks, chunk, s / 2 cp, …].
+    """
     parts = flat.split([shape.numel() for shape in shapes], dim=1)
     return [part.view(-1, 2, shape[0] // 2, *shape[1:]) for part, shape in zip(parts, shapes, strict=True)]
