@@ -2,15 +2,18 @@
 
 Megatron takes these two functions from transformer-engine or apex. Without them, it computes one norm per tensor, waits
 for the GPU once per tensor, and clips in two passes over the gradients. The functions here give the same results in a
-few kernels, with one wait and one pass.
+few kernels and in one pass, without a wait.
 """
 
 from typing import Any
 
 import torch
-from megatron.core.optimizer import clip_grads
+from megatron.core.optimizer import MegatronOptimizer, clip_grads
 from megatron.core.utils import local_multi_tensor_l2_norm, local_multi_tensor_scale
 from torch import Tensor
+
+from s2train.megatron.compat import gradients_for_norm
+from s2train.megatron.optimizer_state import optimizer_parts
 
 
 def replace_stand_ins() -> None:
@@ -22,6 +25,42 @@ def replace_stand_ins() -> None:
         clip_grads.l2_norm_impl = _norm
     if clip_grads.multi_tensor_scale_impl is local_multi_tensor_scale:
         clip_grads.multi_tensor_scale_impl = _scale
+
+
+@torch.no_grad()
+def squared_norm(optimizer: MegatronOptimizer) -> Tensor:
+    """Compute the square of the prepared gradients' norm, fp32 [1].
+
+    Collective; the same on every rank. Megatron's own function waits for the GPU.
+    """
+    gradients = [gradient for part in optimizer_parts(optimizer) for gradient in gradients_for_norm(part)]
+    if gradients:
+        norm, _ = clip_grads.multi_tensor_applier(clip_grads.l2_norm_impl, _no_overflow(), [gradients], False)
+        square: Tensor = (norm**2).reshape(1)
+    else:
+        square = torch.zeros(1, device=torch.cuda.current_device())
+    torch.distributed.all_reduce(square, group=optimizer.get_grad_stats_parallel_group())
+    return square
+
+
+@torch.no_grad()
+def clip(optimizer: MegatronOptimizer, norm: float) -> None:
+    """Scale the prepared gradients of this norm down to `clip_grad`."""
+    for part in optimizer_parts(optimizer):
+        factor = part.config.clip_grad / (norm + 1e-6)  # as Megatron computes it
+        if not 0 < factor < 1:
+            continue
+        name = "decoupled_grad" if part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 else "grad"
+        gradients = [getattr(parameter, name, None) for parameter in part.get_parameters()]
+        gradients = [gradient for gradient in gradients if gradient is not None]
+        if gradients:
+            both = [gradients, gradients]
+            clip_grads.multi_tensor_applier(clip_grads.multi_tensor_scale_impl, _no_overflow(), both, factor)
+
+
+def _no_overflow() -> Tensor:
+    """Return the flag that kernels of transformer-engine and apex set."""
+    return torch.zeros(1, dtype=torch.int, device=torch.cuda.current_device())
 
 
 def _norm(chunk_size: int, noop_flag: Tensor, tensor_lists: list[list[Tensor]], *_: Any) -> tuple[Tensor, None]:

@@ -32,3 +32,10 @@ def save_checkpoint_shards(
     if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
         extra["async_strategy"] = "mcore"
     return dist_checkpointing.save(state, folder, content_metadata=metadata, async_sharded_save=in_background, **extra)
+
+
+def gradients_for_norm(part: Any) -> list[torch.Tensor]:
+    """Return the prepared gradients that this rank counts in the norm."""
+    if hasattr(part, "get_grads_for_grad_norm"):  # its name since 0.19
+        return part.get_grads_for_grad_norm()
+    return part.get_main_grads_for_grad_norm()

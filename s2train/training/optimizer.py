@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from s2train.config import OptimConfig, PretrainConfig
 from s2train.environment.dtypes import DTYPES
-from s2train.megatron.clipping import replace_stand_ins
+from s2train.megatron.clipping import clip, replace_stand_ins, squared_norm
 from s2train.megatron.kind_weights import GAIN
 from s2train.megatron.local_optimizer_state import load_only_local_state
 from s2train.megatron.optimizer_state import prepare_to_load
@@ -134,26 +134,30 @@ def _offload(optim: OptimConfig) -> dict[str, Any]:
     }
 
 
+def squared_gradient_norm(optimizer: MegatronOptimizer) -> torch.Tensor:
+    """Square of the whole gradient's norm before clipping, fp32 [1].
+
+    Collective; the same on every rank. Prepares the gradients for `take_step`. Does not wait for the GPU.
+    """
+    optimizer.prepare_grads()
+    return squared_norm(optimizer)
+
+
 def gradient_norm(optimizer: MegatronOptimizer) -> float:
     """Norm of the whole gradient before clipping, the same on every rank.
 
     Collective. Prepares the gradients for `take_step`.
     """
-    optimizer.prepare_grads()
-    return float(optimizer.get_grad_norm())
+    return float(squared_gradient_norm(optimizer)) ** 0.5
 
 
 def take_step(optimizer: MegatronOptimizer, norm: float) -> None:
     """Clip by the norm from `gradient_norm`, and step.
 
-    Megatron's own step would compute the norm a second time.
+    Megatron's own step would prepare the gradients and compute their norm a second time.
     """
-    get_grad_norm = optimizer.get_grad_norm
-    optimizer.get_grad_norm = lambda: norm
-    try:
-        optimizer.step()
-    finally:
-        optimizer.get_grad_norm = get_grad_norm
+    clip(optimizer, norm)
+    optimizer.step_with_ready_grads()
 
 
 @contextlib.contextmanager
