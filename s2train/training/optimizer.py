@@ -28,6 +28,7 @@ from s2train.megatron.clipping import clip, replace_stand_ins, squared_norm
 from s2train.megatron.kind_weights import GAIN
 from s2train.megatron.local_optimizer_state import load_only_local_state
 from s2train.megatron.optimizer_state import prepare_to_load
+from s2train.megatron.optimizer_views import keep_views
 from s2train.megatron.torch_adam import fuse_on_gpus, prepare_for_checkpoints
 from s2train.training.frozen_trunk import LearningRateSchedule
 
@@ -95,6 +96,7 @@ def build_optimizer(
     fuse_on_gpus(optimizer)
     prepare_for_checkpoints(optimizer)
     load_only_local_state(optimizer)
+    keep_views(optimizer)
     config.grad_scale_func = optimizer.scale_loss
     decay_steps = optim.decay_steps or cfg.train.steps
     scheduler = LearningRateSchedule(
