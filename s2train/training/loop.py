@@ -30,7 +30,7 @@ from s2train.training.frozen_trunk import FrozenTrunk
 from s2train.training.loss_by_position import HeldOut, position_edges
 from s2train.training.loss_spikes import LossHistory
 from s2train.training.metrics import StepMetrics, Tracker
-from s2train.training.optimizer import gradient_norm, take_step, up_to_date_parameters
+from s2train.training.optimizer import squared_gradient_norm, take_step, up_to_date_parameters
 from s2train.training.peak_memory import PEAK_STEPS, report_peak
 from s2train.training.profile import StepProfiler
 from s2train.training.profile_table import OPTIMIZER, RANGE
@@ -261,10 +261,10 @@ class Trainer:
         sums = run_step(self.cfg, state.chunks, batches, forward_only=False, batch_size=size, teacher=self.teacher)
         self.frozen.hold(state.optimizer, step)
         with record_function(RANGE + OPTIMIZER):
-            grad_norm = gradient_norm(state.optimizer)
-        # Read after the norm: waiting for the GPU earlier would leave it idle while the norm's kernels are launched.
-        ((total, tokens),) = sums.tolist()
-        loss = total / tokens
+            squared_norm = squared_gradient_norm(state.optimizer)
+        # One read of all: each waits, and the GPU is idle from here until the optimizer's kernels are launched.
+        total, tokens, square = torch.cat([sums.flatten(), squared_norm.double()]).tolist()
+        loss, grad_norm = total / tokens, square**0.5
         is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
         is_bad, signal = max_over_ranks(not is_finite, self.signals.received)
         if is_bad:

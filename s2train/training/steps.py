@@ -112,7 +112,7 @@ def _sum(reports: list[dict[str, torch.Tensor]], ranges: int) -> torch.Tensor:
     """
     total = torch.zeros(ranges, 2, dtype=torch.float64, device=torch.cuda.current_device())
     for report in reports:
-        total += report["loss"].double()
+        total += report["loss"]
     torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         torch.distributed.broadcast(

@@ -78,7 +78,7 @@ def nan(step: int) -> None:
     """
     from s2train.training import loop
 
-    measure, train, states = loop.gradient_norm, loop.Trainer.train, []
+    measure, train, states = loop.squared_gradient_norm, loop.Trainer.train, []
     factor = float("nan") if is_planted_here() else 1.0
 
     def recorded(self: Any, progress: Any) -> Any:
@@ -87,10 +87,10 @@ def nan(step: int) -> None:
 
     def spoil() -> None:
         states.append(fingerprint(states[0]))
-        loop.gradient_norm = lambda optimizer: measure(optimizer) * factor
+        loop.squared_gradient_norm = lambda optimizer: measure(optimizer) * factor
 
     def compare() -> None:
-        loop.gradient_norm = measure
+        loop.squared_gradient_norm = measure
         same = fingerprint(states[0]) == states[1]
         print(f"rank {os.environ['RANK']} step {step}: state {'unchanged' if same else 'changed'}", flush=True)
 
