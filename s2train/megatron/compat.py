@@ -8,6 +8,8 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.utils import get_batch_on_this_cp_rank
 
+_TAKES_HYBRID_CP = "is_hybrid_cp" in inspect.signature(get_batch_on_this_cp_rank).parameters
+
 
 def slice_batch_for_context_parallel(
     batch: dict[str, torch.Tensor], cp_group: torch.distributed.ProcessGroup
@@ -16,7 +18,7 @@ def slice_batch_for_context_parallel(
 
     0.19 requires the argument `is_hybrid_cp`, and treats `cp_group=None` as the whole world.
     """
-    if "is_hybrid_cp" in inspect.signature(get_batch_on_this_cp_rank).parameters:
+    if _TAKES_HYBRID_CP:
         return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=cp_group)
     return get_batch_on_this_cp_rank(batch, cp_group=cp_group)
 
