@@ -70,6 +70,31 @@ def micro_batches(
         yield batch
 
 
+class EarlyBatches(Iterator[Batch]):
+    """Micro batches of an iterator that can be fetched early."""
+
+    def __init__(self, source: Iterator[Batch]) -> None:
+        self._source = source
+        self._fetched: Batch | Exception | None = None
+
+    def fetch(self) -> None:
+        """Fetch the next micro batch.
+
+        An error of the data is raised when the batch is taken.
+        """
+        if self._fetched is None:
+            try:
+                self._fetched = next(self._source)
+            except Exception as error:
+                self._fetched = error
+
+    def __next__(self) -> Batch:
+        fetched, self._fetched = self._fetched, None
+        if isinstance(fetched, Exception):
+            raise fetched
+        return next(self._source) if fetched is None else fetched
+
+
 def ignore_group_signals(worker: int) -> None:
     """Make a data worker ignore Ctrl-C and its process group's SIGTERM.
 

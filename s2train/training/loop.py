@@ -25,7 +25,7 @@ from s2train.errors import DivergedError, StoppedBySignal
 from s2train.megatron.block_attention import kernels_of
 from s2train.megatron.teacher import Teacher
 from s2train.training.auxiliary_losses import AuxiliaryLosses
-from s2train.training.batches import Batch, micro_batches
+from s2train.training.batches import EarlyBatches, micro_batches
 from s2train.training.frozen_trunk import FrozenTrunk
 from s2train.training.loss_by_position import HeldOut, position_edges
 from s2train.training.loss_spikes import LossHistory
@@ -33,7 +33,7 @@ from s2train.training.metrics import StepMetrics, Tracker
 from s2train.training.optimizer import squared_gradient_norm, take_step, up_to_date_parameters
 from s2train.training.peak_memory import PEAK_STEPS, report_peak
 from s2train.training.profile import StepProfiler
-from s2train.training.profile_table import OPTIMIZER, RANGE
+from s2train.training.profile_table import DATA, OPTIMIZER, RANGE
 from s2train.training.signals import StopSignals, signal_name
 from s2train.training.start_times import StartTimes
 from s2train.training.steps import run_step
@@ -240,7 +240,7 @@ class Trainer:
         return step % cfg.tracking.log_interval == 0 or self._is_evaluated(step) or step == cfg.train.steps
 
     def _step(
-        self, batches: list[Iterator[Batch]], step: int, consumed: int, size: int
+        self, batches: list[EarlyBatches], step: int, consumed: int, size: int
     ) -> tuple[float, float, float, int]:
         """Run one training step.
 
@@ -262,8 +262,13 @@ class Trainer:
         self.frozen.hold(state.optimizer, step)
         with record_function(RANGE + OPTIMIZER):
             squared_norm = squared_gradient_norm(state.optimizer)
+            outcome = torch.cat([sums.flatten(), squared_norm.double()])
+        if step < self.cfg.train.last_step:
+            with record_function(RANGE + DATA):  # now, while the GPU has work
+                for each in batches:
+                    each.fetch()
         # One read of all: each waits, and the GPU is idle from here until the optimizer's kernels are launched.
-        total, tokens, square = torch.cat([sums.flatten(), squared_norm.double()]).tolist()
+        total, tokens, square = outcome.tolist()
         loss, grad_norm = total / tokens, square**0.5
         is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
         is_bad, signal = max_over_ranks(not is_finite, self.signals.received)
@@ -303,12 +308,12 @@ class Trainer:
             event, step=step, samples=[consumed, last], loss_of_step=loss, skipped=self.loss_history.skipped
         )
 
-    def _batches(self, dataset: Dataset, start: int, stop: int) -> list[Iterator[Batch]]:
+    def _batches(self, dataset: Dataset, start: int, stop: int) -> list[EarlyBatches]:
         """Make an iterator of micro batches for each model chunk.
 
         Under a virtual pipeline, both the first and the last chunk need the batch.
         """
-        return [micro_batches(self.cfg, dataset, start, stop, self.device) for _ in self.state.chunks]
+        return [EarlyBatches(micro_batches(self.cfg, dataset, start, stop, self.device)) for _ in self.state.chunks]
 
     def _metrics(
         self,

@@ -1,6 +1,6 @@
 """Runs one step through Megatron's pipeline schedules."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -74,7 +74,7 @@ def _documents(batch: Batch) -> PackedSeqParams:
 def run_step(
     cfg: PretrainConfig,
     chunks: list[DistributedDataParallel],
-    batches: list[Iterator[Batch]],
+    batches: Sequence[Iterator[Batch]],
     *,
     forward_only: bool,
     batch_size: int,

@@ -1,8 +1,11 @@
-"""Micro batches carry the bounds of their documents."""
+"""Micro batches carry the bounds of their documents, and can be fetched early."""
 
+from collections.abc import Iterator
+
+import pytest
 import torch
 
-from s2train.training.batches import collate_documents, document_bounds
+from s2train.training.batches import Batch, EarlyBatches, collate_documents, document_bounds
 
 
 def test_bounds_are_first_positions_and_then_the_length_repeated() -> None:
@@ -21,3 +24,33 @@ def test_a_micro_batch_carries_the_bounds_of_its_samples() -> None:
     batch = collate_documents(samples)
     assert batch["documents"].tolist() == [[0, 2, 3], [0, 1, 3]]
     assert batch["position_ids"].tolist() == [[0, 1, 0], [0, 0, 1]]
+
+
+def faulty(drawn: list[int]) -> Iterator[Batch]:
+    """Three micro batches, which are also counted, and an error."""
+    for number in range(3):
+        drawn.append(number)
+        yield {"tokens": torch.tensor(number)}
+    raise OSError("the disk is gone")
+
+
+def test_batches_fetched_early_keep_their_order() -> None:
+    drawn: list[int] = []
+    batches, taken = EarlyBatches(faulty(drawn)), []
+    for _ in range(2):  # the second is fetched already
+        batches.fetch()
+    assert drawn == [0]
+    for number in range(3):
+        taken.append(int(next(batches)["tokens"]))
+        if number == 1:
+            batches.fetch()
+    assert taken == drawn == [0, 1, 2]
+
+
+def test_an_error_of_a_batch_fetched_early_is_raised_when_it_is_taken() -> None:
+    batches = EarlyBatches(faulty([]))
+    for _ in range(3):
+        next(batches)
+    batches.fetch()
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(batches)
