@@ -38,7 +38,9 @@ class AuxiliaryLosses:
             for name in layer.kind.columns()
         ]
         self._cores = cores_of(*chunks)
-        self._tp, self._loss_scale = cfg.parallel.tp, loss_scale
+        self._tp, self._scale = cfg.parallel.tp, 1.0
+        if loss_scale is not None and self._columns:  # read once: a read waits, and only fp16 changes it
+            self._scale = float(loss_scale(torch.ones(1, device=torch.cuda.current_device())))
         self._samples = cfg.train.micro_batch_size * parallel_state.get_data_parallel_world_size()
 
     def begin_step(self, step: int, is_logged: bool, batch: int) -> None:
@@ -53,22 +55,22 @@ class AuxiliaryLosses:
             is_logged: whether the run logs after the step.
             batch: the step's global batch size.
         """
-        scale = 1.0
-        if self._loss_scale is not None and self._columns:
-            scale = float(self._loss_scale(torch.ones(1, device=torch.cuda.current_device())))
+        scale = self._scale / (batch // self._samples)
         for core in self._cores:
-            core.step, core.loss_scale, core.is_logged = step, scale / (batch // self._samples), is_logged
+            core.step, core.loss_scale, core.is_logged = step, scale, is_logged
             core.records.take()
 
-    def take(self) -> dict[str, float]:
-        """Values of this step by `KIND_NAME/LAYER`, the same on every rank; collective.
+    def take(self) -> torch.Tensor:
+        """Sum and count of each column's values in this step.
 
-        A value is summed over tensor parallel ranks, which record parts of it, and averaged over micro batches and
-        data and context parallel ranks.
+        Collective: over micro batches and all ranks. Does not wait for the GPU.
+
+        Returns:
+            Float64 [2 × columns]: a sum and its count in turn.
         """
-        if not self._columns:
-            return {}
         table = torch.zeros(len(self._columns), 2, dtype=torch.float64, device=torch.cuda.current_device())
+        if not self._columns:
+            return table.flatten()
         place = {(number, name): row for row, (number, _, name) in enumerate(self._columns)}
         for core in self._cores:
             for name, (total, count) in core.records.take().items():
@@ -76,9 +78,17 @@ class AuxiliaryLosses:
                 table[row, 0] += total.double()
                 table[row, 1] += count
         torch.distributed.all_reduce(table)
+        return table.flatten()
+
+    def means(self, taken: Sequence[float]) -> dict[str, float]:
+        """Values by `KIND_NAME/LAYER`, of what `take` returned.
+
+        A value is summed over tensor parallel ranks, which record parts of it, and averaged over micro batches and
+        data and context parallel ranks.
+        """
         return {
             f"{kind}_{name}{SEPARATOR}{number}": total * self._tp / count
-            for (number, kind, name), (total, count) in zip(self._columns, table.tolist(), strict=True)
+            for (number, kind, name), total, count in zip(self._columns, taken[::2], taken[1::2], strict=True)
             if count
         }
 

@@ -91,6 +91,24 @@ class Interval:
         self.paused += time.perf_counter() - began
 
 
+@dataclass(frozen=True)
+class StepOutcome:
+    """What a training step reports, the same on every rank.
+
+    Attributes:
+        grad_norm: before clipping.
+        lr: learning rate of the step.
+        signal: that any rank received; 0 means none.
+        auxiliary: `AuxiliaryLosses.means`.
+    """
+
+    loss: float
+    grad_norm: float
+    lr: float
+    signal: int
+    auxiliary: dict[str, float]
+
+
 class Trainer:
     """Runs steps, evaluates, reports and saves.
 
@@ -156,19 +174,19 @@ class Trainer:
                 self.tracker.note(f"step {step} | the global batch grows from {before} to {size} sequences")
                 self.tracker.event("batch size", step=step - 1, tokens_per_step=size * cfg.train.seq_length)
             with profiler.step(step):
-                loss, grad_norm, lr, signal = self._step(batches, step, consumed, size)
+                done = self._step(batches, step, consumed, size)
             interval.paused += profiler.pause_s()
             consumed += size
             interval.steps += 1
             interval.samples += size
             if not self.loss_history.skipped_in_row:
-                interval.take_step(loss, self.auxiliary.take())
+                interval.take_step(done.loss, done.auxiliary)
             if step == first:
                 self._report_start(step)
             has_state = step > first or progress.step > 0  # Adam's state exists
             if step == min(progress.step + PEAK_STEPS, last) and has_state:
                 report_peak(self.speed.planned_memory, self.tracker)
-            is_last, is_stopping = step == last, bool(signal)
+            is_last, is_stopping = step == last, bool(done.signal)
             held_out: HeldOut | None = None
             with interval.pause():
                 if self.held_out_set is not None and (self._is_evaluated(step) or is_last):
@@ -176,7 +194,7 @@ class Trainer:
                     held_out = self.held_out_loss()
             is_due = self._is_due(step)
             if is_due or is_last or is_stopping:
-                self.tracker.report(self._metrics(step, stop, consumed, interval, grad_norm, lr, held_out))
+                self.tracker.report(self._metrics(step, stop, consumed, interval, done, held_out))
                 if cfg.tracking.timing:
                     self.tracker.note(self.timers.get_all_timers_string(normalizer=interval.steps))
             if is_due:  # a report at an early end is extra: an uninterrupted run has none here
@@ -196,7 +214,7 @@ class Trainer:
                     self.saver.poll()
             if is_stopping and not is_last:
                 self.saver.close()
-                raise StoppedBySignal(signal_name(signal), step, saved)
+                raise StoppedBySignal(signal_name(done.signal), step, saved)
         self.watchdog.beat("the last save")
         self.saver.close()
         return saved
@@ -239,9 +257,7 @@ class Trainer:
         cfg = self.cfg
         return step % cfg.tracking.log_interval == 0 or self._is_evaluated(step) or step == cfg.train.steps
 
-    def _step(
-        self, batches: list[EarlyBatches], step: int, consumed: int, size: int
-    ) -> tuple[float, float, float, int]:
+    def _step(self, batches: list[EarlyBatches], step: int, consumed: int, size: int) -> StepOutcome:
         """Run one training step.
 
         If loss or gradient is not finite on any rank, all ranks skip the step.
@@ -249,8 +265,6 @@ class Trainer:
         Args:
             consumed: samples before it.
             size: its global batch size.
-        Returns:
-            Loss, gradient norm, learning rate of this step, and the signal that any rank received (0 means none).
         """
         state = self.state
         lr = state.optimizer.param_groups[0]["lr"]
@@ -262,13 +276,13 @@ class Trainer:
         self.frozen.hold(state.optimizer, step)
         with record_function(RANGE + OPTIMIZER):
             squared_norm = squared_gradient_norm(state.optimizer)
-            outcome = torch.cat([sums.flatten(), squared_norm.double()])
+            values = torch.cat([sums.flatten(), squared_norm.double(), self.auxiliary.take()])
         if step < self.cfg.train.last_step:
             with record_function(RANGE + DATA):  # now, while the GPU has work
                 for each in batches:
                     each.fetch()
         # One read of all: each waits, and the GPU is idle from here until the optimizer's kernels are launched.
-        total, tokens, square = outcome.tolist()
+        total, tokens, square, *auxiliary = values.tolist()
         loss, grad_norm = total / tokens, square**0.5
         is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
         is_bad, signal = max_over_ranks(not is_finite, self.signals.received)
@@ -284,7 +298,7 @@ class Trainer:
                 take_step(state.optimizer, grad_norm)
             state.scheduler.step(1)
             self.loss_history = self.loss_history.after_step(loss)
-        return loss, grad_norm, lr, signal
+        return StepOutcome(loss, grad_norm, lr, signal, self.auxiliary.means(auxiliary))
 
     def _skip(self, step: int, loss: float, grad_norm: float, consumed: int, size: int) -> None:
         self.loss_history = self.loss_history.after_skip()
@@ -321,8 +335,7 @@ class Trainer:
         stop: int,
         consumed: int,
         interval: Interval,
-        grad_norm: float,
-        lr: float,
+        done: StepOutcome,
         held_out: HeldOut | None,
     ) -> StepMetrics:
         length, losses = self.cfg.train.seq_length, interval.losses
@@ -335,8 +348,8 @@ class Trainer:
             consumed_tokens=consumed * length,
             loss=sum(losses) / len(losses) if losses else math.nan,
             held_out_loss=None if held_out is None else held_out.loss,
-            lr=lr,
-            grad_norm=grad_norm,
+            lr=done.lr,
+            grad_norm=done.grad_norm,
             skipped=self.loss_history.skipped,
             step_time_s=seconds / interval.steps,
             tokens_per_s=tokens_per_s,
