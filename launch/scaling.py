@@ -19,11 +19,10 @@ Without a GPU it uses CPU processes, to try the program: see the options in test
 """
 
 import argparse
-import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +34,9 @@ from s2train.command_line.program import run_command, settings_before_options, t
 from s2train.comparison.runs import environment
 from s2train.environment.hardware import detect_own
 from s2train.errors import ConfigError, TrainingError
-from s2train.files import check_writable, output_stem, replacing, write_json
+from s2train.files import check_writable, write_json
 from s2train.scaling import speed
+from s2train.scaling.earlier import Kept
 from s2train.scaling.jobs import Runner, rank_environment
 from s2train.scaling.launchers import Launcher, by_fork, by_torchrun, forks_problem
 from s2train.scaling.long_steps import Request, long_steps
@@ -64,18 +64,13 @@ def scaling(given: argparse.Namespace) -> None:
     _check(given)
     if detect_own().kind != "cuda":
         warn(f"no GPU is visible: the runs take {given.gpus} CPU processes, to try the program")
-    output = output_stem(given.output, "OUTPUT")
-    path, jobs = (output.with_name(output.name + suffix) for suffix in (".json", ".jobs.json"))
-    runs = Path("runs") / f"scaling-{output.name}"
+    kept = Kept.of(given.output)
     asked = {name: value for name, value in vars(given).items() if name not in WHEN}
-    content = _resumed(given.output, path, runs, asked)
-    check_writable("OUTPUT", path.parent)
-    runs.mkdir(parents=True, exist_ok=True)
-    with replacing(runs / "asked.json") as temporary:
-        temporary.write_text(json.dumps(asked))
-    recorded = Recorded(jobs)
+    content = _continued(kept.earlier(asked), asked)
+    check_writable("OUTPUT", kept.results.parent)
+    recorded = Recorded(kept.jobs)
     launch = _launcher(given.launcher)
-    runner = Runner(runs.absolute(), given.gpus, recorded, launch, given.settings, given.timeout)
+    runner = Runner(kept.runs.absolute(), given.gpus, recorded, launch, given.settings, given.timeout)
     length = ["--length", str(given.attention_length)] if given.attention_length else []
     long_request = Request(
         given.long_size, given.long_lengths, given.long_agreement, given.long_layers, given.long_seconds, given.settings
@@ -94,10 +89,11 @@ def scaling(given: argparse.Namespace) -> None:
     remaining = [name for name in chosen if not is_done(content["parts"].get(name))]
     # Planned before the other parts run, since it may be rejected.
     long = long_steps(runner, long_request, detect_own()) if "long" in remaining else iter(())
+    kept.begin(asked, content)
 
     def write(name: str, result: dict[str, Any]) -> None:
         content["parts"][name] = result
-        write_json(path, content)
+        write_json(kept.results, content)
 
     for name in remaining:
         began = time.monotonic()
@@ -140,28 +136,15 @@ def _check(given: argparse.Namespace) -> None:
         raise ConfigError("--micro-batch", given.micro_batch, problem, "Set a divisor of it")
 
 
-def _resumed(given: Path, path: Path, runs: Path, asked: dict[str, Any]) -> dict[str, Any]:
-    """Return the content to continue with.
-
-    It is that of an earlier command with the same settings, or new.
-
-    Raises:
-        ConfigError: the file or its runs are of other settings.
-    """
-    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    earlier = runs / "asked.json"
-    same_runs = not runs.exists() or (earlier.is_file() and json.loads(earlier.read_text()) == asked)
-    same_content = not path.exists() or content.get("asked") == asked
-    for there, same in ((path, same_content), (runs, same_runs)):
-        if not same:
-            raise ConfigError("OUTPUT", given, f"{there} exists", "Name another, or move it away")
-    commands = [*content.get("commands", []), shlex.join(sys.argv)]
+def _continued(earlier: Mapping[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
+    """Return the results of an earlier command, to be added to by this one."""
+    commands = [*earlier.get("commands", []), shlex.join(sys.argv)]
     return {
         "commands": list(dict.fromkeys(commands)),
         "asked": asked,
         **environment(),
         "devices": asked["gpus"],
-        "parts": content.get("parts", {}),
+        "parts": earlier.get("parts", {}),
     }
 
 

@@ -1,0 +1,100 @@
+"""Finds the results of an earlier command, if it had the same options."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from s2train.errors import ConfigError, as_typed
+from s2train.files import output_stem, write_json
+
+Asked = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a command with an OUTPUT keeps.
+
+    Attributes:
+        given: OUTPUT as typed.
+        results: OUTPUT.json.
+        jobs: OUTPUT.jobs.json, results of finished runs.
+        runs: folder of runs and logs.
+    """
+
+    given: Path
+    results: Path
+    jobs: Path
+    runs: Path
+
+    @classmethod
+    def of(cls, given: Path) -> "Kept":
+        """Name the files of an OUTPUT.
+
+        Raises:
+            ConfigError: it names no file.
+        """
+        output = output_stem(given, "OUTPUT")
+        results, jobs = (output.with_name(output.name + suffix) for suffix in (".json", ".jobs.json"))
+        return cls(given, results, jobs, Path("runs") / f"scaling-{output.name}")
+
+    def earlier(self, asked: Asked) -> dict[str, Any]:
+        """Return the results to continue with; {} if there are none.
+
+        Raises:
+            ConfigError: what is there is of other options, of another OUTPUT, or of unknown ones.
+        """
+        content: dict[str, Any] = {}
+        if self.results.exists():
+            content = self._content(self.results)
+            self._check_asked(self.results, content.get("asked"), asked)
+        if self.runs.exists():
+            ran = self._content(self._ran) if self._ran.is_file() else {}
+            output, options = ran.pop("output", self._output), ran.pop("options", ran)
+            if output != self._output:
+                raise self._there(self.runs, f", of OUTPUT={output}")
+            self._check_asked(self.runs, options, asked)
+        elif self.jobs.exists() and not content:
+            raise self._there(self.jobs, f" without {self.results}, so that nothing says of which options it is")
+        return content
+
+    def begin(self, asked: Asked, content: Mapping[str, Any]) -> None:
+        """Write the options, before the first run."""
+        write_json(self._ran, {"output": self._output, "options": asked})
+        write_json(self.results, content)
+
+    @property
+    def _ran(self) -> Path:
+        return self.runs / "asked.json"
+
+    @property
+    def _output(self) -> str:
+        return os.path.relpath(self.results)  # the folder of both may be moved
+
+    def _content(self, path: Path) -> dict[str, Any]:
+        try:
+            content = json.loads(path.read_text())
+        except (ValueError, OSError):
+            content = None
+        if not isinstance(content, dict):
+            raise self._there(path, ", and is not of this program")
+        return content
+
+    def _check_asked(self, path: Path, earlier: object, asked: Asked) -> None:
+        if not isinstance(earlier, Mapping) or not earlier:
+            raise self._there(path, ", and doesn't say of which options it is")
+        if different := [name for name in {**earlier, **asked} if earlier.get(name) != asked.get(name)]:
+            raise self._there(path, f", of {', '.join(_option(name, earlier.get(name)) for name in different)}")
+
+    def _there(self, path: Path, what: str) -> ConfigError:
+        return ConfigError("OUTPUT", self.given, f"{path} exists{what}", "Name another, or move it away")
+
+
+def _option(name: str, value: object) -> str:
+    """Format an option of the command line."""
+    if name == "settings":
+        return f"settings {' '.join(map(str, value))}" if isinstance(value, list) and value else "no settings"
+    option = f"--{name.replace('_', '-')}"
+    return f"no {option}" if value is None else f"{option}={as_typed(value)}"
