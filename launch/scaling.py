@@ -36,7 +36,7 @@ from s2train.environment.hardware import detect_own
 from s2train.errors import ConfigError, TrainingError
 from s2train.files import check_writable, write_json
 from s2train.scaling import speed
-from s2train.scaling.earlier import Kept
+from s2train.scaling.earlier import Kept, measured_with
 from s2train.scaling.jobs import Runner, rank_environment
 from s2train.scaling.launchers import Launcher, by_fork, by_torchrun, forks_problem
 from s2train.scaling.long_steps import Request, long_steps
@@ -142,7 +142,7 @@ def _continued(earlier: Mapping[str, Any], asked: dict[str, Any]) -> dict[str, A
     return {
         "commands": list(dict.fromkeys(commands)),
         "asked": asked,
-        **environment(),
+        **measured_with(earlier, environment()),
         "devices": asked["gpus"],
         "parts": earlier.get("parts", {}),
     }

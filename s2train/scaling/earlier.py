@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from s2train.command_line.messages import warn
 from s2train.errors import ConfigError, as_typed
 from s2train.files import output_stem, write_json
 
@@ -90,6 +91,21 @@ class Kept:
 
     def _there(self, path: Path, what: str) -> ConfigError:
         return ConfigError("OUTPUT", self.given, f"{path} exists{what}", "Name another, or move it away")
+
+
+def measured_with(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Return hardware and versions of results that this command adds to.
+
+    Those of the first command stay. What differs now is added under `resumed_with`.
+    """
+    first = {name: earlier.get(name, value) for name, value in now.items()}
+    changed = {name: value for name, value in now.items() if value != first[name]}
+    if "device" in changed:
+        warn(f"earlier results were measured on {first['device']}, and this is {now['device']}: don't compare the two")
+    later = list(earlier.get("resumed_with", []))
+    if changed.keys() - {"date"} and changed not in later:
+        later.append(changed)
+    return first | ({"resumed_with": later} if later else {})
 
 
 def _option(name: str, value: object) -> str:

@@ -9,7 +9,7 @@ import pytest
 
 from s2train.errors import ConfigError
 from s2train.files import write_json
-from s2train.scaling.earlier import Kept
+from s2train.scaling.earlier import Kept, measured_with
 
 ASKED: dict[str, Any] = {"gpus": 2, "seq_length": 128, "settings": ["loss=liger"], "divisions": None}
 
@@ -84,3 +84,16 @@ def test_runs_of_an_earlier_version_continue() -> None:
     kept = begun()
     write_json(kept.runs / "asked.json", ASKED)  # which did not name OUTPUT
     assert kept.earlier(ASKED)["parts"] == {"parity": {}}
+
+
+def test_other_hardware_is_added_to_that_of_the_first_results(capsys: pytest.CaptureFixture[str]) -> None:
+    first = {"date": "2026-01-01", "device": "H100", "torch": "2.9"}
+    assert measured_with({}, first) == first
+    assert measured_with(first, first | {"date": "2026-01-02"}) == first
+    assert capsys.readouterr().err == ""
+    other = {"date": "2026-01-03", "device": "H200", "torch": "2.9"}
+    found = first
+    for _ in range(2):
+        found = measured_with(found, other)
+    assert found == first | {"resumed_with": [{"date": "2026-01-03", "device": "H200"}]}
+    assert "earlier results were measured on H100, and this is H200" in capsys.readouterr().err
