@@ -45,8 +45,8 @@ from s2train.scaling.recorded import Recorded
 from s2train.scaling.report import lines
 from s2train.scaling.resumption import resumption
 
-# A part yields its results so far after each run, or gives them at its end.
-Part = Callable[[], dict[str, Any] | Iterator[dict[str, Any]]]
+# Plans a part's runs. They start when the first result is asked for: those so far, after each run or at the end.
+Part = Callable[[], Iterator[dict[str, Any]]]
 
 PARTS = ("parity", "resume", "scaling", "cp_bytes", "balance", "long")
 # Options that may differ when a command resumes: they say what to run when, and change no result.
@@ -81,30 +81,27 @@ def scaling(given: argparse.Namespace) -> None:
         "parity": lambda: parity(runner, given.parity_model, length, given.parity_at_once),
         "resume": lambda: resumption(runner, given.parity_model),
         "scaling": lambda: speed.speed(runner, speed_request),
-        "cp_bytes": lambda: runner.worker("s2train.scaling.exchange", "cp-bytes", *length),
-        "balance": lambda: runner.worker("s2train.scaling.balance", "balance", *length),
-        "long": lambda: long,
+        "cp_bytes": lambda: runner.measure("s2train.scaling.exchange", "cp-bytes", *length),
+        "balance": lambda: runner.measure("s2train.scaling.balance", "balance", *length),
+        "long": lambda: long_steps(runner, long_request, detect_own()),
     }
     chosen = [name for name in PARTS if getattr(given, name)] or [name for name in PARTS if name != "long"]
-    remaining = [name for name in chosen if not is_done(content["parts"].get(name))]
-    # Planned before the other parts run, since it may be rejected.
-    long = long_steps(runner, long_request, detect_own()) if "long" in remaining else iter(())
+    # All are planned before the first run, since a part may be rejected.
+    planned = {name: parts[name]() for name in chosen if not is_done(content["parts"].get(name))}
     kept.begin(asked, content)
 
     def write(name: str, result: dict[str, Any]) -> None:
         content["parts"][name] = result
         write_json(kept.results, content)
 
-    for name in remaining:
-        began = time.monotonic()
-        result = parts[name]()
-        if not isinstance(result, dict):
-            found: dict[str, Any] = {}
-            for found in result:
-                write(name, found | {"unfinished": True})
-            result = found
-        write(name, result | {"seconds": time.monotonic() - began})
-        print("\n".join(lines(name, result)), flush=True)
+    for name in chosen:
+        if name in planned:
+            began = time.monotonic()
+            result: dict[str, Any] = {}
+            for result in planned[name]:
+                write(name, result | {"unfinished": True})
+            write(name, result | {"seconds": time.monotonic() - began})
+        print("\n".join(lines(name, content["parts"][name])), flush=True)
     if failed := [name for name in chosen if not is_done(content["parts"][name])]:
         raise TrainingError(f"runs of {', '.join(failed)} failed; the same command repeats them")
 

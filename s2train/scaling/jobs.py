@@ -13,11 +13,17 @@ from typing import Any
 
 import torch
 
+from s2train.errors import ConfigError
 from s2train.scaling.launchers import Launcher
 from s2train.scaling.recorded import Recorded
 from s2train.training.records import read_records
 
 _ROOT = Path(__file__).parents[2]
+# Settings that runs vary and that a command may set for the others: those of a job come after the command's.
+_VARIED = ("parallel.cp_exchange", "attention_backend", "dense_attention")
+# Settings of jobs that a command may replace: no comparison depends on them.
+_OPEN = ("data", "train.recompute", "optim.warmup_steps")
+_DIVIDED = ("parallel.tp", "parallel.pp", "parallel.cp")  # by jobs alone, also those that leave them at 1
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ class Runner:
         devices: number of GPUs to use, or of processes on a CPU.
         recorded: results of finished jobs.
         launch: starts the ranks of a program.
-        settings: settings appended to those of every training run.
+        settings: settings appended to those of every training run; see `check`.
         timeout_s: a program is killed after this time.
     """
 
@@ -82,6 +88,21 @@ class Runner:
     ) -> None:
         self.folder, self.devices, self.recorded = folder, devices, recorded
         self._launch, self._settings, self.timeout_s = launch, tuple(settings), timeout_s
+
+    def check(self, part: str, jobs: Sequence[Job]) -> None:
+        """Check that the command's settings leave a part's jobs what they are.
+
+        Raises:
+            ConfigError: a setting would replace one of the jobs'.
+        """
+        of_jobs = [dict(map(_name_and_value, job.settings)) for job in jobs]
+        for name, value in map(_name_and_value, self._settings):
+            values = list(dict.fromkeys(settings.get(name) for settings in of_jobs))
+            if name in (*_VARIED, *_OPEN) or values == [value] or (values == [None] and name not in _DIVIDED):
+                continue
+            own = " or ".join(f"{name}={found}" for found in values if found is not None) or "its default"
+            remedy = "Leave it out, set it by an option (see --help), or choose other parts"
+            raise ConfigError(name, value, f"runs of --{part} need {own}", remedy)
 
     def run(self, jobs: Sequence[Job], at_once: int = 1) -> dict[str, Outcome]:
         """Run jobs and return all outcomes, as `run_each` does."""
@@ -123,6 +144,10 @@ class Runner:
         result: dict[str, Any] = json.loads(output.read_text()) if error is None else {"error": error}
         return result
 
+    def measure(self, module: str, name: str, *arguments: str) -> Iterator[dict[str, Any]]:
+        """Yield what `worker` returns, when it is asked for."""
+        yield self.worker(module, name, *arguments)
+
     def _run_at_once(self, placed: Sequence[tuple[int, Job]], at_once: int) -> Iterator[tuple[str, Outcome]]:
         """Run jobs, each from a device on."""
         with ThreadPoolExecutor(at_once) as pool:
@@ -141,7 +166,9 @@ class Runner:
         run_dir, began = self._path(job.name), time.monotonic()
         self.recorded.forget(lambda result: result.get("after") == job.name)
         shutil.rmtree(run_dir, ignore_errors=True)  # of an interrupted run, whose metrics would count twice
-        program = [str(_ROOT / "launch" / "pretrain.py"), *job.settings, *self._settings, f"run_dir={run_dir}"]
+        varied = [word for word in job.settings if _name_and_value(word)[0] in _VARIED]
+        settings = (*job.settings, *self._settings, *varied, f"run_dir={run_dir}")
+        program = [str(_ROOT / "launch" / "pretrain.py"), *settings]
         error = self._start(job.name, job.processes, program, first_device)
         records = read_records(run_dir / "metrics.jsonl") if error is None else []
         outcome = Outcome(records, error, time.monotonic() - began)
@@ -164,6 +191,11 @@ class Runner:
 
     def _path(self, name: str) -> Path:
         return self.folder / name.replace(" ", "-")
+
+
+def _name_and_value(setting: str) -> tuple[str, str]:
+    name, _, value = setting.partition("=")
+    return name.lstrip("+~"), value
 
 
 def _end_of(status: int) -> str:

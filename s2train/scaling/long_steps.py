@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,8 @@ def long_steps(runner: Runner, request: Request, hardware: Hardware) -> Iterator
     compared with those on two, or on one of two. Plans all runs at once, and yields the results after each run.
 
     Raises:
-        ConfigError: no number of layers fits at one of the lengths, or a run is predicted to exceed its time limit.
+        ConfigError: no number of layers fits at one of the lengths, a run is predicted to exceed its time limit, or the
+            command's settings would change what is compared.
     """
     lengths, cp = sorted(request.lengths), runner.devices
     layers = {length: _layers(request, length, cp, hardware) for length in lengths}
@@ -75,11 +76,15 @@ def long_steps(runner: Runner, request: Request, hardware: Hardware) -> Iterator
     base = min(2, cp // 2)
     count = _layers(request, request.agreement, base, hardware)
     slowest = _plan(request, "hybrid", request.agreement, base, count, hardware)
+    compared = _compared(runner, request, base, count)
+    runner.check("long", [*jobs, *compared.values()])
     _check_limit([*planned, (f"agreement {request.agreement}", slowest, _STEPS)], runner.timeout_s)
 
     def results() -> Iterator[dict[str, Any]]:
         agreement: dict[str, Any] = {}
-        for agreement in _agreement(runner, request, base, count):
+        shape = {"compared_with": f"cp{base}", "seq_length": request.agreement, "layers": count}
+        for found in _agreement(runner, compared):
+            agreement = found | shape
             yield {"agreement": agreement, "rows": {}}
         rows: dict[str, Any] = {}
         for name, outcome in runner.run_each(jobs):
@@ -111,43 +116,48 @@ def _check_limit(runs: Sequence[tuple[str, Plan, int]], timeout_s: float) -> Non
         )
 
 
-def _agreement(runner: Runner, request: Request, base: int, count: int) -> Iterator[dict[str, Any]]:
-    """Compare losses of context parallelism over all devices and over two.
+def _compared(runner: Runner, request: Request, base: int, count: int) -> dict[str, Job]:
+    """Return the runs whose losses are compared, by what they differ in.
 
-    Of two devices, with one.
-
-    The tolerance is twice the largest difference between runs on two devices or one that differ only in rounding.
+    The first is on two devices, or on one of two; the second is context parallel over all. The others are on two
+    devices or one, and differ from the first only in rounding.
 
     Args:
         base: two, or one of two.
         count: number of layers.
     """
-    length = request.agreement
-    all_devices = f"cp{runner.devices}"
-    variants: dict[str, tuple[int, tuple[str, ...]]] = {"one": (base, ()), all_devices: (runner.devices, ())}
+    variants: dict[str, tuple[int, tuple[str, ...]]] = {"one": (base, ()), f"cp{runner.devices}": (runner.devices, ())}
     if base == 2:
         variants |= {f"cp2 {mode}": (2, (f"parallel.cp_exchange={mode}",)) for mode in ("gather", "overlapped")}
     if not any(f"loss={name}" in request.settings for name in WITHOUT_TP):  # which needs the output layer whole
         variants["tp2"] = (2, ("parallel.cp=1", "parallel.tp=2", "parallel.sequence_parallel=true"))
     if torch.cuda.is_available():
         variants[f"cp{base} portable kernels"] = (base, ("attention_backend=portable",))
-    names = {f"agreement {name}": name for name in variants}
-    jobs = [
-        Job(f"agreement {name}", cp, (*_settings(request, "hybrid", length, cp, count), *own, "checkpoint.save=false"))
+    return {
+        name: Job(
+            f"agreement {name}",
+            cp,
+            (*_settings(request, "hybrid", request.agreement, cp, count), *own, "checkpoint.save=false"),
+        )
         for name, (cp, own) in variants.items()
-    ]
+    }
+
+
+def _agreement(runner: Runner, compared: Mapping[str, Job]) -> Iterator[dict[str, Any]]:
+    """Compare losses of context parallelism over all devices and over two.
+
+    Of two devices, with one. Yields the comparison after each run.
+
+    The tolerance is twice the largest difference between runs on two devices or one that differ only in rounding.
+    """
+    one, all_devices, *rounding = compared
     outcomes: dict[str, Outcome] = {}
-    for name, outcome in runner.run_each(jobs):
+    names = {job.name: name for name, job in compared.items()}
+    for name, outcome in runner.run_each(list(compared.values())):
         outcomes[names[name]] = outcome
-        rounding = [other for other in variants if other not in ("one", all_devices)]
         found = compare_losses(outcomes, rounding, [all_devices] if all_devices in outcomes else [])
         found["agrees"] = found["agrees"] and all_devices in outcomes
-        yield found | {
-            "compared_with": f"cp{base}",
-            "seq_length": length,
-            "layers": count,
-            "settings": jobs[0].settings,
-        }
+        yield found | {"settings": compared[one].settings}
 
 
 def _settings(request: Request, model: str, length: int, cp: int, layers: int, steps: int = _STEPS) -> tuple[str, ...]:

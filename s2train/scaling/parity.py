@@ -3,7 +3,7 @@
 All runs start from one checkpoint; losses must agree within rounding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -45,10 +45,10 @@ VARIANTS: dict[int, dict[str, tuple[str, ...]]] = {
 }
 
 
-def parity(runner: Runner, model: str, attention_settings: Sequence[str], at_once: int = 1) -> dict[str, Any]:
+def parity(runner: Runner, model: str, attention_settings: Sequence[str], at_once: int = 1) -> Iterator[dict[str, Any]]:
     """Compare losses of all divisions with those of one process.
 
-    Over `STEPS` steps, for each of `VARIANTS` for the runner's devices.
+    Over `STEPS` steps, for each of `VARIANTS` for the runner's devices. Plans all runs at once, and yields the result.
 
     The tolerance is twice the largest relative difference over the steps between runs of one process that differ only
     in rounding: in the micro batch and, on a GPU, in the kernels of sparse and of dense layers. Context parallel
@@ -57,16 +57,17 @@ def parity(runner: Runner, model: str, attention_settings: Sequence[str], at_onc
     Args:
         attention_settings: arguments of `s2train.scaling.exactness`.
         at_once: number of parallel runs to run concurrently on the same devices, which then hold that many models.
+
+    Raises:
+        ConfigError: the command's settings would change what is compared.
     """
     common = (
         f"+model={model}", f"train.steps={STEPS + 1}", "train.global_batch_size=8", "train.micro_batch_size=1",
         "optim.warmup_steps=5", "evaluation.interval=0", "tracking.log_interval=1", "data.num_workers=0",
     )  # fmt: skip
-    starts = {"start": common, "start plain": (*common, _PLAIN)}
+    settings = {"start": common, "start plain": (*common, _PLAIN)}
+    starts = [Job(name, 1, (*own, "train.exit_step=1"), saves=(1,)) for name, own in settings.items()]
     variants = VARIANTS[runner.devices]
-    outcomes = runner.run(
-        [Job(name, 1, (*settings, "train.exit_step=1"), saves=(1,)) for name, settings in starts.items()]
-    )
 
     def job(name: str, processes: int, *settings: str) -> Job:
         start = "start plain" if _PLAIN in settings else "start"
@@ -79,14 +80,20 @@ def parity(runner: Runner, model: str, attention_settings: Sequence[str], at_onc
         rounding["FlashAttention-2 in dense layers"] = ("dense_attention=flash",)
     jobs = [job("one", 1), *(job(name, 1, *settings) for name, settings in rounding.items())]
     jobs += [job(name, runner.devices, *settings) for name, settings in variants.items()]
-    if all(outcome.error is None for outcome in outcomes.values()):
-        outcomes |= runner.run(jobs, at_once)
-    result = compare_losses(outcomes, list(rounding), list(variants)) | {"model": model, "settings": common}
-    attention = runner.worker("s2train.scaling.exactness", "cp attention", *attention_settings)
-    return result | {
-        "cp_attention_fp32": attention,
-        "agrees": result["agrees"] and attention.get("agrees", False),
-    }
+    runner.check("parity", [*starts, *jobs])
+
+    def results() -> Iterator[dict[str, Any]]:
+        outcomes = runner.run(starts)
+        if all(outcome.error is None for outcome in outcomes.values()):
+            outcomes |= runner.run(jobs, at_once)
+        result = compare_losses(outcomes, list(rounding), list(variants)) | {"model": model, "settings": common}
+        attention = runner.worker("s2train.scaling.exactness", "cp attention", *attention_settings)
+        yield result | {
+            "cp_attention_fp32": attention,
+            "agrees": result["agrees"] and attention.get("agrees", False),
+        }
+
+    return results()
 
 
 def compare_losses(outcomes: dict[str, Outcome], rounding: list[str], variants: list[str]) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 Also if it used fewer devices in between.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,74 +18,114 @@ from s2train.checkpoints.integrity import COMMON
 from s2train.scaling.jobs import Job, Outcome, Runner
 
 STEPS, STOP = 20, 10
+_STOPS = STEPS // 3, 2 * STEPS // 3  # before and after fewer devices
 _MOST_STAGES = 4  # which divide the layers of a small model; beyond them, devices are data parallel
 _REPORTED = ("loss", "held_out_loss", "grad_norm", "lr")
 
 
-def resumption(runner: Runner, model: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Comparison:
+    """A resumed run, and the uninterrupted one that it must equal.
+
+    Attributes:
+        begin: the uninterrupted run, and the one that stops first.
+        later: runs that resume, each the one before.
+        reported: values of the reports that are compared.
+        stop: step of the last stop.
+    """
+
+    begin: tuple[Job, Job]
+    later: tuple[Job, ...]
+    reported: tuple[str, ...]
+    stop: int
+
+    def result(self, runner: Runner) -> dict[str, Any]:
+        """Run all, and compare reports after the last stop, and last checkpoints."""
+        outcomes = runner.run(self.begin, at_once=2)
+        before = self.begin[1].name
+        for job in self.later:
+            if outcomes[before].error is not None:
+                break
+            outcomes |= runner.run([job])
+            before = job.name
+        names = (self.begin[0].name, self.later[-1].name)
+        result = compare_reports(outcomes[names[0]], outcomes.get(names[1]), self.reported, self.stop)
+        errors = {name: outcome.error for name, outcome in outcomes.items() if outcome.error is not None}
+        if not errors:
+            last = [runner.checkpoint(name, STEPS) for name in names]
+            tensors, different = find_differences(*map(read_values, last))
+            result |= {"saved_values": tensors, "different_values": different}
+            result["agrees"] = result["agrees"] and not different
+        return result | {"errors": errors}
+
+
+def resumption(runner: Runner, model: str) -> Iterator[dict[str, Any]]:
     """Compare a resumed run with an uninterrupted one.
 
     The resumed run was stopped after `STOP` steps. Both take `STEPS` deterministic steps, data parallel on all of the
     runner's devices. `agrees` if nothing differs in the reports after the stop and in the last checkpoint: weights,
     optimizer, learning-rate schedule, random number generators. With four devices or more, `fewer` adds the results of
-    `resumption_on_fewer`.
+    a run that used half of them in between. Plans all runs at once, and yields the results after each comparison.
+
+    Raises:
+        ConfigError: the command's settings would change what is compared.
     """
     common = (
         f"+model={model}", "train.deterministic=true", f"train.steps={STEPS}", "train.global_batch_size=8",
         "train.micro_batch_size=1", "optim.warmup_steps=5", f"evaluation.interval={STEPS}", "evaluation.batches=1",
         "tracking.log_interval=1",
     )  # fmt: skip
-    names = ("uninterrupted", "stopped", "resumed")
-    stopped = (*common, f"train.exit_step={STOP}")
     size = runner.devices
-    outcomes = runner.run(
-        [Job(names[0], size, common, saves=(STEPS,)), Job(names[1], size, stopped, saves=(STOP,))], at_once=2
-    )
-    if outcomes[names[1]].error is None:
-        outcomes |= runner.run([_resumed(runner, names[2], size, common, names[1], STOP, STEPS)])
-    result = _compare(runner, outcomes, names[0], names[2]) | {"model": model, "settings": common, "processes": size}
-    return result if size < 4 else result | {"fewer": resumption_on_fewer(runner, common)}
+    on_all = _on_all(runner, common)
+    fewer = None if size < 4 else _on_fewer(runner, common)
+    runner.check("resume", [job for found in (on_all, fewer) if found for job in (*found.begin, *found.later)])
+
+    def results() -> Iterator[dict[str, Any]]:
+        result = on_all.result(runner) | {"model": model, "settings": common, "processes": size}
+        yield result
+        if fewer is not None:
+            shape = {"processes": [size, size // 2, size], "steps": [*_STOPS, STEPS]}
+            yield result | {"fewer": fewer.result(runner) | shape}
+
+    return results()
 
 
-def resumption_on_fewer(runner: Runner, common: tuple[str, ...]) -> dict[str, Any]:
-    """Compare a resumed run with an uninterrupted one on all devices.
+def _on_all(runner: Runner, common: tuple[str, ...]) -> _Comparison:
+    """Plan a run that stops once, and resumes on all devices."""
+    size = runner.devices
+    stopped = Job("stopped", size, (*common, f"train.exit_step={STOP}"), saves=(STOP,))
+    resumed = _resumed(runner, "resumed", size, common, stopped.name, STOP, STEPS)
+    return _Comparison((Job("uninterrupted", size, common, saves=(STEPS,)), stopped), (resumed,), _REPORTED, STOP)
 
-    It runs on all devices, then half, then all.
+
+def _on_fewer(runner: Runner, common: tuple[str, ...]) -> _Comparison:
+    """Plan a run on all devices, then half, then all.
 
     Half of the devices are half of the pipeline stages, whose number changes no sum: each weight's gradient
     sums the same micro batches in the same order. Only the norm of all gradients sums by stage, so it is not compared,
     and clips nothing. The residual sums are not fused with norms: within a stage, a fused norm reads a sum that is not
     rounded yet, but the first norm of a stage reads a rounded one.
     """
-    names = ("stages", "stages stopped", "stages on half", "stages resumed")
     size = runner.devices
-    of_size = {
-        count: (
+    whole, half = (
+        (
             *common,
             f"parallel.pp={min(size, _MOST_STAGES) * count // size}",
             "optim.clip_grad=0",
             "elementwise=torch",
         )
         for count in (size, size // 2)
-    }
-    first, second = STEPS // 3, 2 * STEPS // 3
-    outcomes = runner.run(
-        [
-            Job(names[0], size, of_size[size], saves=(STEPS,)),
-            Job(names[1], size, (*of_size[size], f"train.exit_step={first}"), saves=(first,)),
-        ],
-        at_once=2,
+    )
+    first, second = _STOPS
+    begin = (
+        Job("stages", size, whole, saves=(STEPS,)),
+        Job("stages stopped", size, (*whole, f"train.exit_step={first}"), saves=(first,)),
     )
     later = (
-        (names[2], size // 2, names[1], first, second),
-        (names[3], size, names[2], second, STEPS),
+        _resumed(runner, "stages on half", size // 2, half, "stages stopped", first, second),
+        _resumed(runner, "stages resumed", size, whole, "stages on half", second, STEPS),
     )
-    for name, count, before, start, end in later:
-        if outcomes[before].error is not None:
-            break
-        outcomes |= runner.run([_resumed(runner, name, count, of_size[count], before, start, end)])
-    result = _compare(runner, outcomes, names[0], names[3], ("loss", "held_out_loss", "lr"), second)
-    return result | {"processes": [size, size // 2, size], "steps": [first, second, STEPS]}
+    return _Comparison(begin, later, ("loss", "held_out_loss", "lr"), second)
 
 
 def _resumed(runner: Runner, name: str, size: int, settings: tuple[str, ...], before: str, start: int, end: int) -> Job:
@@ -94,25 +135,6 @@ def _resumed(runner: Runner, name: str, size: int, settings: tuple[str, ...], be
     """
     own = (f"checkpoint.resume='{runner.checkpoint(before, start)}'", f"train.exit_step={end}")
     return Job(name, size, (*settings, *own), saves=(end,), after=before)
-
-
-def _compare(
-    runner: Runner,
-    outcomes: Mapping[str, Outcome],
-    uninterrupted: str,
-    resumed: str,
-    reported: Sequence[str] = _REPORTED,
-    stop: int = STOP,
-) -> dict[str, Any]:
-    """Compare reports after the last stop, and last checkpoints."""
-    result = compare_reports(outcomes[uninterrupted], outcomes.get(resumed), reported, stop)
-    errors = {name: outcome.error for name, outcome in outcomes.items() if outcome.error is not None}
-    if not errors:
-        last = [runner.checkpoint(name, STEPS) for name in (uninterrupted, resumed)]
-        tensors, different = find_differences(*map(read_values, last))
-        result |= {"saved_values": tensors, "different_values": different}
-        result["agrees"] = result["agrees"] and not different
-    return result | {"errors": errors}
 
 
 def compare_reports(

@@ -67,20 +67,29 @@ def known_divisions(devices: int) -> dict[str, tuple[int, tuple[str, ...]]]:
 def speed(runner: Runner, request: Request) -> Iterator[dict[str, Any]]:
     """Measure each model with each division on 1, 2, 4, … devices.
 
-    Yields the results after each run.
+    Plans all runs at once, and yields the results after each run.
+
+    Raises:
+        ConfigError: the command's settings would change what is measured.
     """
     models = request.models
     named = {job.name: (model, division, job) for model in models for division, job in _jobs(runner, model, request)}
-    outcomes: dict[str, Outcome] = {}
-    for name, outcome in runner.run_each([job for _, _, job in named.values()]):
-        outcomes[name] = outcome
-        rows: dict[str, Any] = {model: {} for model in models}
-        for known, (model, division, job) in named.items():
-            if known in outcomes:
-                alone = rows[model].get(ALONE, {}).get("tokens_per_s")
-                rows[model][division] = summary(outcomes[known], job.processes, alone) | {"goal": _goal(division)}
-        shape = {"seq_length": request.seq_length, "sequences": request.sequences, "micro_batch": request.micro_batch}
-        yield {**shape, "models": rows}
+    jobs = [job for _, _, job in named.values()]
+    runner.check("scaling", jobs)
+
+    def results() -> Iterator[dict[str, Any]]:
+        outcomes: dict[str, Outcome] = {}
+        for name, outcome in runner.run_each(jobs):
+            outcomes[name] = outcome
+            rows: dict[str, Any] = {model: {} for model in models}
+            for known, (model, division, job) in named.items():
+                if known in outcomes:
+                    alone = rows[model].get(ALONE, {}).get("tokens_per_s")
+                    rows[model][division] = summary(outcomes[known], job.processes, alone) | {"goal": _goal(division)}
+            shape = {name: getattr(request, name) for name in ("seq_length", "sequences", "micro_batch")}
+            yield {**shape, "models": rows}
+
+    return results()
 
 
 def summary(outcome: Outcome, processes: int, alone: float | None) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Jobs run once: their results are recorded as each ends."""
 
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,8 +10,10 @@ from threading import Barrier
 import pytest
 import torch
 
+from s2train.errors import ConfigError
 from s2train.scaling.jobs import Job, Runner
 from s2train.scaling.recorded import Recorded
+from s2train.scaling.resumption import resumption
 from tests.scaling.fake_ranks import FakeRanks
 
 RECORDS = [{"step": 1, "loss": 2.0}]
@@ -117,3 +120,38 @@ def test_settings_of_the_command_come_after_those_of_the_job(tmp_path: Path) -> 
     ranks = FakeRanks(RECORDS)
     runner(tmp_path, ranks).run([Job("a", 2, ("model.vocab_size=256",))])
     assert ranks.started == [("a", 2, ["model.vocab_size=256", "model.vocab_size=512"])]
+
+
+def of_settings(folder: Path, ranks: FakeRanks, *settings: str) -> Runner:
+    return Runner(folder / "runs", 4, Recorded(folder / "jobs.json"), ranks, settings)
+
+
+@pytest.mark.parametrize(
+    ("setting", "line"),
+    [
+        ("elementwise=liger", "elementwise=liger: runs of --resume need elementwise=torch"),
+        ("+model=1b_dense", "model=1b_dense: runs of --resume need model=125m_hybrid"),
+        ("parallel.cp=2", "parallel.cp=2: runs of --resume need its default"),
+        ("parallel.pp=4", "parallel.pp=4: runs of --resume need parallel.pp=4 or parallel.pp=2"),
+    ],
+)
+def test_a_setting_that_would_change_what_is_compared_is_rejected(setting: str, line: str, tmp_path: Path) -> None:
+    ranks = FakeRanks(RECORDS)
+    with pytest.raises(ConfigError, match=rf"^{re.escape(line)}\. Leave it out"):
+        resumption(of_settings(tmp_path, ranks, setting), "125m_hybrid")
+    assert ranks.started == []
+
+
+@pytest.mark.parametrize("setting", ["+model=125m_hybrid", "optim.warmup_steps=1", "model.vocab_size=512"])
+def test_a_setting_that_all_runs_share_is_accepted(setting: str, tmp_path: Path) -> None:
+    resumption(of_settings(tmp_path, FakeRanks(RECORDS), setting), "125m_hybrid")
+
+
+def test_runs_named_by_their_exchange_keep_it(tmp_path: Path) -> None:
+    ranks = FakeRanks(RECORDS)
+    runner = of_settings(tmp_path, ranks, "parallel.cp_exchange=auto")
+    jobs = [Job("blocks", 4, ("parallel.cp=4",)), Job("gather", 4, ("parallel.cp=4", "parallel.cp_exchange=gather"))]
+    runner.check("parity", jobs)
+    runner.run(jobs)
+    last = {name: [word for word in settings if "cp_exchange" in word][-1] for name, _, settings in ranks.started}
+    assert last == {"blocks": "parallel.cp_exchange=auto", "gather": "parallel.cp_exchange=gather"}

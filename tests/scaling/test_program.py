@@ -61,13 +61,13 @@ def test_an_option_that_cannot_work_is_rejected(tmp_path: Path, options: list[st
 
 @pytest.mark.slow
 def test_failed_runs_are_recorded_and_the_program_fails(tmp_path: Path) -> None:
-    options = ["--scaling", "--models", "tiny_dense", "train.seq_length=-1"]
+    options = ["--scaling", "--models", "tiny_dense", "optim.lr=-1"]
     done = run("scaling.py", "two", *options, processes=0, cwd=tmp_path)
     assert done.status == 1
     assert "runs of scaling failed; the same command repeats them" in done.err
     assert "Warning" not in done.err
     rows = json.loads((tmp_path / "two.json").read_text())["parts"]["scaling"]["models"]["tiny_dense"]
-    assert all("train.seq_length=-1" in row["error"] for row in rows.values())
+    assert all("optim.lr=-1" in row["error"] for row in rows.values())
 
 
 @pytest.mark.slow
