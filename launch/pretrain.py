@@ -76,7 +76,7 @@ def pretrain(composed: DictConfig) -> None:
         lost = order_communication(cfg.parallel)  # before the driver is asked
         hardware = detect_own()
         check_gpus()
-        open_device(None if cfg.train.deterministic else DTYPES[cfg.train.precision])
+        open_device(None if cfg.train.deterministic else DTYPES.get(cfg.train.precision))  # checked below
         TIMES.end("device")
         plan = check(cfg, world_size, hardware)
         apex_available()  # rejects another package named apex, which Megatron would import

@@ -26,6 +26,7 @@ def attempt(run_dir: Path, *arguments: str, processes: int = 0, by_torchrun: boo
         (["checkpoint.resume=nowhere"], ["checkpoint.resume=nowhere"]),
         (["schedule.kind=shfted"], ["schedule.kind=shfted", "shifted"]),
         (["train.global_batch_size=7"], ["train.global_batch_size=7"]),
+        (["train.precision=fp9"], ["train.precision=fp9", "bf16, fp32"]),
         (["layer_backend=te"], ["layer_backend=te", "local"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) and "=" in value[0] else "",
