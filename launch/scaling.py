@@ -28,11 +28,9 @@ from typing import Any
 
 import _surroundings  # noqa: F401 (prints why the rest can't start)
 
-from s2train.command_line.composition import CONF, config_groups
 from s2train.command_line.messages import warn
 from s2train.command_line.program import run_command, settings_before_options, tokens
 from s2train.comparison.runs import environment
-from s2train.environment.hardware import detect_own
 from s2train.errors import ConfigError, TrainingError
 from s2train.files import check_writable, write_json
 from s2train.scaling import speed
@@ -40,29 +38,34 @@ from s2train.scaling.earlier import Kept, measured_with
 from s2train.scaling.jobs import Runner, rank_environment
 from s2train.scaling.launchers import Launcher, by_fork, by_torchrun, forks_problem
 from s2train.scaling.long_steps import Request, long_steps
-from s2train.scaling.parity import VARIANTS, parity
+from s2train.scaling.options import PARTS, check_options, chosen_parts, devices, without_effect
+from s2train.scaling.parity import parity
 from s2train.scaling.recorded import Recorded
-from s2train.scaling.report import lines
+from s2train.scaling.report import disagrees, is_done, lines
 from s2train.scaling.resumption import resumption
 
 # Plans a part's runs. They start when the first result is asked for: those so far, after each run or at the end.
 Part = Callable[[], Iterator[dict[str, Any]]]
 
-PARTS = ("parity", "resume", "scaling", "cp_bytes", "balance", "long")
 # Options that may differ when a command resumes: they say what to run when, and change no result.
 WHEN = ("output", *PARTS, "parity_at_once", "timeout", "launcher")
-_POSITIVE = ("parity_at_once", "seq_length", "sequences", "micro_batch", "attention_length", "long_layers", "timeout")
 
 
-def scaling(given: argparse.Namespace) -> None:
+def scaling(given: argparse.Namespace, unread: str | None) -> None:
     """Run the parts, and write the results after each run.
 
+    Args:
+        unread: says which options have no effect.
+
     Raises:
-        ConfigError: the output or its runs exist from other settings, or an option can't work.
-        TrainingError: runs failed; their errors are in the results.
+        ConfigError: the output or its runs exist from other options, or an option can't work.
+        TrainingError: runs failed, and their errors are in the results; or what was compared does not agree.
     """
-    _check(given)
-    if detect_own().kind != "cuda":
+    check_options(given)
+    hardware = devices(given.gpus)
+    if unread is not None:
+        warn(unread)
+    if hardware.kind != "cuda":
         warn(f"no GPU is visible: the runs take {given.gpus} CPU processes, to try the program")
     kept = Kept.of(given.output)
     asked = {name: value for name, value in vars(given).items() if name not in WHEN}
@@ -83,9 +86,9 @@ def scaling(given: argparse.Namespace) -> None:
         "scaling": lambda: speed.speed(runner, speed_request),
         "cp_bytes": lambda: runner.measure("s2train.scaling.exchange", "cp-bytes", *length),
         "balance": lambda: runner.measure("s2train.scaling.balance", "balance", *length),
-        "long": lambda: long_steps(runner, long_request, detect_own()),
+        "long": lambda: long_steps(runner, long_request, hardware),
     }
-    chosen = [name for name in PARTS if getattr(given, name)] or [name for name in PARTS if name != "long"]
+    chosen = chosen_parts(given)
     # All are planned before the first run, since a part may be rejected.
     planned = {name: parts[name]() for name in chosen if not is_done(content["parts"].get(name))}
     kept.begin(asked, content)
@@ -104,37 +107,12 @@ def scaling(given: argparse.Namespace) -> None:
         print("\n".join(lines(name, content["parts"][name])), flush=True)
     if failed := [name for name in chosen if not is_done(content["parts"][name])]:
         raise TrainingError(f"runs of {', '.join(failed)} failed; the same command repeats them")
-
-
-def _check(given: argparse.Namespace) -> None:
-    """Check the options.
-
-    Raises:
-        ConfigError: there is no division for the devices, no such model, or a number is too small.
-    """
-    if given.gpus not in VARIANTS:
-        raise ConfigError("--gpus", given.gpus, "no divisions are known for it", f"Choose from {sorted(VARIANTS)}")
-    known = config_groups(CONF)["model"]
-    long = [f"{given.long_size}_{kind}" for kind in ("hybrid", "dense")]
-    for option, models in (("--models", given.models), ("--parity-model", [given.parity_model]), ("--long-size", long)):
-        for model in models:
-            if model not in known:
-                raise ConfigError(option, model, "unknown model", f"There are {', '.join(known)}")
-    divisions = speed.known_divisions(given.gpus)
-    for division in given.divisions or ():
-        if division not in divisions:
-            problem = f"unknown division of {given.gpus} GPUs"
-            raise ConfigError("--divisions", division, problem, f"There are {', '.join(divisions)}")
-    for name in _POSITIVE:
-        if (value := getattr(given, name)) is not None and value <= 0:
-            raise ConfigError(f"--{name.replace('_', '-')}", value, "is too small", "Set a positive number")
-    if given.sequences % given.micro_batch:
-        problem = f"doesn't divide --sequences={given.sequences}"
-        raise ConfigError("--micro-batch", given.micro_batch, problem, "Set a divisor of it")
+    if different := [name for name in chosen if disagrees(content["parts"][name])]:
+        raise TrainingError(f"what {', '.join(different)} compared does not agree; see above and {kept.results}")
 
 
 def _continued(earlier: Mapping[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
-    """Return the results of an earlier command, to be added to by this one."""
+    """Return the content of OUTPUT.json, with what is kept of it."""
     commands = [*earlier.get("commands", []), shlex.join(sys.argv)]
     return {
         "commands": list(dict.fromkeys(commands)),
@@ -153,19 +131,6 @@ def _launcher(name: str) -> Launcher:
     return by_fork
 
 
-def is_done(result: Any) -> bool:
-    """Whether a part has run to its end without an error."""
-    return result is not None and not result.get("unfinished") and not has_failed(result)
-
-
-def has_failed(result: Any) -> bool:
-    """Whether a part or a program in it recorded an error."""
-    if not isinstance(result, dict):
-        return False
-    errors = [result.get("error"), *result.get("errors", {}).values()]
-    return any(isinstance(error, str) for error in errors) or any(map(has_failed, result.values()))
-
-
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -179,7 +144,7 @@ def main() -> None:
         "--parity-at-once", type=int, default=1, help="concurrent runs on the same GPUs, if memory suffices"
     )
     parser.add_argument("--models", nargs="+", default=["1b_hybrid", "1b_dense"])
-    parser.add_argument("--seq-length", type=int, default=32_768, help="tokens per sequence of --scaling")
+    parser.add_argument("--seq-length", type=tokens, default=32_768, help="tokens per sequence of --scaling")
     parser.add_argument(
         "--sequences", type=int, default=2, help="sequences per step of --scaling; with data parallel, per GPU"
     )
@@ -187,7 +152,7 @@ def main() -> None:
         "--micro-batch", type=int, default=1, help="sequences of --scaling that go through a GPU at once"
     )
     parser.add_argument("--divisions", nargs="+", help="those of --scaling, such as one cp4; default: all")
-    parser.add_argument("--attention-length", type=int, help="tokens of attention-only measurements")
+    parser.add_argument("--attention-length", type=tokens, help="tokens of attention-only measurements")
     parser.add_argument("--long-size", default="7b", help="model size of --long: SIZE_hybrid and SIZE_dense")
     parser.add_argument(
         "--long-lengths",
@@ -204,7 +169,7 @@ def main() -> None:
         "--launcher", choices=("fork", "torchrun"), default="fork", help="fork: import once for all runs"
     )
     given = parser.parse_intermixed_args(settings_before_options(sys.argv[1:]))
-    run_command(lambda: scaling(given))
+    run_command(lambda: scaling(given, without_effect(given, parser.parse_args([""]))))
 
 
 if __name__ == "__main__":

@@ -141,11 +141,12 @@ def settings_before_options(arguments: Sequence[str]) -> list[str]:
 
 
 def tokens(text: str) -> int:
-    """Parse an option's number of tokens, such as 8192 or 8k.
+    """Parse an option's number of tokens, such as 8192, 8k or 1m.
 
     argparse puts the function's name into its error: invalid tokens value.
     """
-    return int(text[:-1]) * 1024 if text.endswith("k") else int(text)
+    factor = {"k": 1024, "m": 1024**2}.get(text[-1:].lower(), 1)
+    return int(text if factor == 1 else text[:-1]) * factor
 
 
 def _reject_composition(line: str) -> NoReturn:

@@ -28,11 +28,10 @@ from s2train.layouts.placement import place_balanced
 from s2train.megatron import setup
 from s2train.megatron.context_parallel.all_gather import chunk_ids
 from s2train.megatron.context_parallel.exchange_plan import exchange_plan
-from s2train.scaling.cases import Case, Shape
+from s2train.scaling.cases import SIZES, Case, Shape
 from s2train.scaling.recorded import Recorded
 from s2train.scaling.timing import over_ranks, time_attention
 
-SIZES = (2, 4, 8)
 BLOCK = 128
 _Measured = tuple[Callable[[], Tensor], tuple[Tensor, ...], Tensor]
 

@@ -9,6 +9,8 @@ from s2train.attention.hybrid import build_hybrid_layout
 from s2train.attention.kind import LayerLayout
 from s2train.config import LayoutConfig, PatternConfig, ScheduleConfig
 
+SIZES = (2, 4, 8)  # numbers of ranks over which `s2train.scaling.balance` divides a layer
+
 
 @dataclass(frozen=True)
 class Shape:

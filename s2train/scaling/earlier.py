@@ -1,4 +1,4 @@
-"""Finds the results of an earlier command, if it had the same options."""
+"""Finds results of an earlier command with the same options."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Formats each part's result in a few lines."""
+"""Formats each part's result in a few lines, and judges it."""
 
 from typing import Any
 
@@ -8,6 +8,26 @@ def lines(part: str, result: dict[str, Any]) -> list[str]:
     if "error" in result:
         return [f"{part}: {result['error']}"]
     return _REPORTS[part](result)
+
+
+def is_done(result: Any) -> bool:
+    """Whether a part has run to its end without an error."""
+    return result is not None and not result.get("unfinished") and not has_failed(result)
+
+
+def has_failed(result: Any) -> bool:
+    """Whether a part or a program in it recorded an error."""
+    if not isinstance(result, dict):
+        return False
+    errors = [result.get("error"), *result.get("errors", {}).values()]
+    return any(isinstance(error, str) for error in errors) or any(map(has_failed, result.values()))
+
+
+def disagrees(result: Any) -> bool:
+    """Whether a part or a comparison in it found a difference."""
+    if not isinstance(result, dict):
+        return False
+    return result.get("agrees") is False or any(map(disagrees, result.values()))
 
 
 def _parity(result: dict[str, Any]) -> list[str]:

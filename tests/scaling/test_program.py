@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from s2train.errors import ConfigError
+from s2train.scaling.options import devices
 from s2train.scaling.parity import STEPS, VARIANTS
 from tests.program import error_line, run
 
@@ -45,7 +48,13 @@ def test_a_number_of_gpus_without_divisions_is_rejected(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        (["--parity-at-once", "0"], "--parity-at-once=0: is too small"),
+        (["--parity-at-once", "0"], "--parity-at-once=0: is no positive number"),
+        (["--long", "--long-lengths", "8k", "0"], "--long-lengths=0: is no positive number"),
+        (["--timeout", "inf"], "--timeout=inf: is no positive number"),
+        (["--timeout", "1e9"], "--timeout=1000000000.0: is too large. Set at most 1000000"),
+        (["--cp-bytes", "--attention-length", "1k", "--gpus", "8"], "--attention-length=1024: 8 ranks don't each"),
+        (["--balance", "--attention-length", "1k"], "--attention-length=1024: 8 ranks don't each"),
+        (["--scaling", "parallel.pp=2"], "parallel.pp=2: runs of --scaling need its default"),
         (["--long-size", "8b"], "--long-size=8b_hybrid: unknown model"),
         (["--divisions", "cp4"], "--divisions=cp4: unknown division of 2 GPUs. There are one, dp2, cp2, tp2"),
         (["--micro-batch", "4"], "--micro-batch=4: doesn't divide --sequences=2"),
@@ -56,6 +65,21 @@ def test_an_option_that_cannot_work_is_rejected(tmp_path: Path, options: list[st
     done = run("scaling.py", "two", *options, processes=0, cwd=tmp_path)
     assert done.status == 2
     assert line in error_line(done)
+    assert not list(tmp_path.iterdir())
+
+
+def test_fewer_visible_gpus_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match=r"^--gpus=4: torch sees 2 GPU\(s\) on this machine\. .*CUDA_VISIBLE_DEVICES"):
+        devices(4)
+
+
+def test_an_option_that_no_part_reads_is_named_and_nothing_is_left_of_a_rejected_request(tmp_path: Path) -> None:
+    options = ["--long", "--long-size", "tiny", "--long-lengths", "1k", "--seq-length", "8k", "--long-layers", "3"]
+    done = run("scaling.py", "two", *options, processes=0, cwd=tmp_path)
+    assert "warning: --seq-length has no effect without --scaling" in done.err
+    assert error_line(done).startswith("error: layout.layers=DSSS")
     assert not list(tmp_path.iterdir())
 
 

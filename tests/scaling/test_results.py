@@ -9,7 +9,7 @@ import torch
 from s2train.scaling.balance import spread
 from s2train.scaling.jobs import Outcome
 from s2train.scaling.parity import compare_losses
-from s2train.scaling.report import lines
+from s2train.scaling.report import disagrees, is_done, lines
 from s2train.scaling.resumption import STEPS, STOP, compare_reports, find_differences
 from s2train.scaling.speed import summary
 
@@ -139,3 +139,9 @@ def test_layouts_that_exchange_the_same_share_are_all_compared() -> None:
 def test_a_failed_measurement_of_attention_alone_is_reported() -> None:
     text = lines("parity", {"errors": {}, "agrees": False, "cp_attention_fp32": {"error": "ran past its limit"}})
     assert text == ["attention alone, fp32: ran past its limit", "parity: FAILS"]
+
+
+def test_a_finished_part_may_have_found_a_difference() -> None:
+    same = {"agrees": True, "errors": {}, "fewer": {"agrees": True, "errors": {}}}
+    different = same | {"fewer": {"agrees": False, "errors": {}}}
+    assert [(is_done(result), disagrees(result)) for result in (same, different)] == [(True, False), (True, True)]
