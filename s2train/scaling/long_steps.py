@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from s2train.command_line.messages import warn
 from s2train.environment.hardware import Hardware
 from s2train.environment.liger import WITHOUT_TP
 from s2train.errors import ConfigError
@@ -55,7 +56,16 @@ def long_steps(runner: Runner, request: Request, hardware: Hardware) -> Iterator
             command's settings would change what is compared.
     """
     lengths, cp = sorted(request.lengths), runner.devices
+    base = min(2, cp // 2)
+    unknown = [Job("", cp, _settings(request, "hybrid", length, cp, None)) for length in lengths]
+    compared = _compared(runner, request, base, None)
+    runner.check("long", [*unknown, *compared.values()])  # else plans would be rejected
+    if len(compared) == 2:
+        problem = "without tensor parallelism, which loss=linear excludes, no two runs differ only in rounding"
+        raise ConfigError("--gpus", cp, f"{problem} on CPUs", "Set --gpus 4, or leave the loss out")
     layers = {length: _layers(request, length, cp, hardware) for length in lengths}
+    if hardware.kind == "cuda" and hardware.rates is None:
+        warn(f"rates of {hardware.name} are unknown: no step is predicted, so that --long-seconds limits none")
     cases = [("hybrid", length) for length in lengths]
     dense = [
         length
@@ -73,7 +83,6 @@ def long_steps(runner: Runner, request: Request, hardware: Hardware) -> Iterator
         planned.append((name, plans[name], steps))
         settings = _settings(request, model, length, cp, layers[length], steps)
         jobs.append(Job(name, cp, (*settings, "checkpoint.save=false")))
-    base = min(2, cp // 2)
     count = _layers(request, request.agreement, base, hardware)
     slowest = _plan(request, "hybrid", request.agreement, base, count, hardware)
     compared = _compared(runner, request, base, count)
@@ -116,7 +125,7 @@ def _check_limit(runs: Sequence[tuple[str, Plan, int]], timeout_s: float) -> Non
         )
 
 
-def _compared(runner: Runner, request: Request, base: int, count: int) -> dict[str, Job]:
+def _compared(runner: Runner, request: Request, base: int, count: int | None) -> dict[str, Job]:
     """Return the runs whose losses are compared, by what they differ in.
 
     The first is on two devices, or on one of two; the second is context parallel over all. The others are on two
@@ -124,7 +133,7 @@ def _compared(runner: Runner, request: Request, base: int, count: int) -> dict[s
 
     Args:
         base: two, or one of two.
-        count: number of layers.
+        count: number of layers; None if it isn't known yet.
     """
     variants: dict[str, tuple[int, tuple[str, ...]]] = {"one": (base, ()), f"cp{runner.devices}": (runner.devices, ())}
     if base == 2:
@@ -160,9 +169,12 @@ def _agreement(runner: Runner, compared: Mapping[str, Job]) -> Iterator[dict[str
         yield found | {"settings": compared[one].settings}
 
 
-def _settings(request: Request, model: str, length: int, cp: int, layers: int, steps: int = _STEPS) -> tuple[str, ...]:
+def _settings(
+    request: Request, model: str, length: int, cp: int, layers: int | None, steps: int = _STEPS
+) -> tuple[str, ...]:
     return (
-        f"+model={request.size}_{model}", f"model.num_layers={layers}", "data=mock", f"train.seq_length={length}",
+        f"+model={request.size}_{model}", *([] if layers is None else [f"model.num_layers={layers}"]),
+        "data=mock", f"train.seq_length={length}",
         "train.global_batch_size=1", "train.micro_batch_size=1", f"train.steps={steps}", "train.recompute=full",
         "parallel.tp=1", "parallel.sequence_parallel=false", f"parallel.cp={cp}", "optim.warmup_steps=1",
         "evaluation.interval=0", "tracking.log_interval=1", "checkpoint.resume=never",
@@ -170,7 +182,19 @@ def _settings(request: Request, model: str, length: int, cp: int, layers: int, s
 
 
 def _plan(request: Request, model: str, length: int, cp: int, layers: int, hardware: Hardware) -> Plan:
-    return preview(compose_run([*_settings(request, model, length, cp, layers), *request.settings]), cp, hardware)
+    """Plan a run.
+
+    Raises:
+        ConfigError: a setting can't work; the length's error names its option.
+    """
+    cfg = compose_run([*_settings(request, model, length, cp, layers), *request.settings])
+    try:
+        return preview(cfg, cp, hardware)
+    except ConfigError as error:
+        if error.setting != "train.seq_length":
+            raise
+        option = "--long-lengths" if length in request.lengths else "--long-agreement"
+        raise ConfigError(option, length, error.problem, error.remedy.replace(error.setting, option)) from error
 
 
 def _fits(plan: Plan, step_s: float) -> bool:
@@ -186,20 +210,39 @@ def _layers(request: Request, length: int, cp: int, hardware: Hardware) -> int:
     """Return the number of layers of the hybrid at a length.
 
     Raises:
-        ConfigError: none fits.
+        ConfigError: none fits, or those asked for don't.
     """
+    option = "--long-lengths" if length in request.lengths else "--long-agreement"
     if request.layers is not None:
+        plan = _plan(request, "hybrid", length, cp, request.layers, hardware)
+        if not plan.fits:
+            remedy = f"Set fewer, or a smaller {option}"
+            raise ConfigError("--long-layers", request.layers, f"at {length} tokens {_shortage(plan, 1.0)}", remedy)
         return request.layers
     most: int = compose_run([f"+model={request.size}_hybrid"]).model.num_layers
     for count in range(most, 0, -4):
-        if _fits(_plan(request, "hybrid", length, cp, count, hardware), request.step_s):
+        try:
+            plan = _plan(request, "hybrid", length, cp, count, hardware)
+        except ConfigError as error:
+            if error.setting != "layout.layers" or count == most:  # whose letters may stand for more than four layers
+                raise
+            continue
+        if _fits(plan, request.step_s):
             return count
-    raise ConfigError(
-        "--long-lengths",
-        length,
-        f"{most % 4 or 4} layers don't fit {cp} devices, or their step takes more than {request.step_s:.0f} s",
-        "Leave it out, raise --long-seconds, or add loss=linear or model.vocab_size=8192 for smaller logits",
-    )
+    layers = f"{plan.cfg.model.num_layers} layers on {cp} devices"  # the fewest
+    if not plan.fits_with_room:
+        problem, remedy = _shortage(plan, 0.9), "or add loss=linear or model.vocab_size=8192 for smaller logits"
+    else:
+        problem = f"take {_predicted(plan):.0f} s a step, more than {request.step_s:.0f}"
+        remedy = "or raise --long-seconds"
+    smaller = "Leave it out" if option == "--long-lengths" else "Set a smaller one"
+    raise ConfigError(option, length, f"{layers} {problem}", f"{smaller}, {remedy}")
+
+
+def _shortage(plan: Plan, share: float) -> str:
+    """Say what memory a plan needs, and how much there is."""
+    needed, there = plan.memory.total / 2**30, share * plan.hardware.memory / 2**30
+    return f"need {needed:.1f} GiB each, of {there:.1f}"
 
 
 def _row(outcome: Outcome, plan: Plan) -> dict[str, Any]:

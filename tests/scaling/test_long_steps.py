@@ -117,11 +117,48 @@ def test_a_loss_that_is_not_finite_is_said(tmp_path: Path) -> None:
     assert not rows[-1]["rows"][f"long hybrid {128 * K}"]["is_finite"]
 
 
-def test_a_length_at_which_no_layer_fits_is_rejected_before_any_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changed", "line"),
+    [
+        (
+            {"lengths": [128 * K, 4096 * K]},
+            r"--long-lengths=4194304: 4 layers on 4 devices need 2\d\d\.\d GiB each, of 125\.7",
+        ),
+        (
+            {"lengths": [512 * K], "step_s": 1.0},
+            r"--long-lengths=524288: 4 layers on 4 devices take \d s a step, .* raise",
+        ),
+        ({"agreement": 4096 * K}, r"--long-agreement=4194304: 4 layers on 2 devices need .* Set a smaller one"),
+        ({"layers": 32, "lengths": [1024 * K]}, r"--long-layers=32: at 1048576 tokens need .* Set fewer"),
+        ({"lengths": [128 * K + 1]}, r"--long-lengths=131073: .*Set --long-lengths to a multiple of 8"),
+        ({"agreement": 1001}, r"--long-agreement=1001: .*Set --long-agreement to a multiple of 4"),
+        ({"settings": ["parallel.cp=2"]}, r"parallel\.cp=2: runs of --long need"),
+        ({"settings": ["model.num_layers=4"]}, r"model\.num_layers=4: runs of --long need"),
+    ],
+)
+def test_what_cannot_run_is_rejected_before_any_run(changed: dict[str, Any], line: str, tmp_path: Path) -> None:
     ranks = FakeRanks(RECORDS)
-    with pytest.raises(ConfigError, match=r"--long-lengths=4194304: 4 layers don't fit 4 devices"):
-        measure(tmp_path, replace(REQUEST, lengths=[128 * K, 4096 * K]), ranks)
+    with pytest.raises(ConfigError, match=rf"^{line}"):
+        measure(tmp_path, replace(REQUEST, **changed), ranks)
     assert ranks.started == []
+
+
+def test_losses_that_only_tensor_parallelism_could_round_otherwise_are_not_compared(tmp_path: Path) -> None:
+    request = replace(REQUEST, lengths=[128 * K], settings=["loss=linear"])
+    with pytest.raises(ConfigError, match=r"^--gpus=2: .*Set --gpus 4"):
+        measure(tmp_path, request, FakeRanks(RECORDS), devices=2)
+
+
+def test_it_is_said_that_unknown_rates_limit_no_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runner = Runner(tmp_path / "runs", 4, Recorded(tmp_path / "jobs.json"), FakeRanks(RECORDS))
+    long_steps(runner, replace(REQUEST, lengths=[128 * K]), replace(H200, name="GPU", rates=None))
+    assert "warning: rates of GPU are unknown" in capsys.readouterr().err
+
+
+def test_letters_for_more_than_four_layers_are_repeated(tmp_path: Path) -> None:
+    request = replace(REQUEST, size="1b", lengths=[512 * K], step_s=6.0, settings=["layout.layers=DSSSSSSS"])
+    (row, *_) = measure(tmp_path, request, FakeRanks(RECORDS))[-1]["rows"].values()
+    assert row["layers"] == 8
 
 
 def test_runs_that_would_exceed_their_time_limit_are_rejected_before_any_run(tmp_path: Path) -> None:
