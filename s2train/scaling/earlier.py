@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,8 +86,14 @@ class Kept:
     def _check_asked(self, path: Path, earlier: object, asked: Asked) -> None:
         if not isinstance(earlier, Mapping) or not earlier:
             raise self._there(path, ", and doesn't say of which options it is")
-        if different := [name for name in {**earlier, **asked} if earlier.get(name) != asked.get(name)]:
-            raise self._there(path, f", of {', '.join(_option(name, earlier.get(name)) for name in different)}")
+        different = [
+            said
+            for name in {**earlier, **asked}
+            if earlier.get(name) != asked.get(name)
+            for said in _difference(name, earlier.get(name), asked.get(name))
+        ]
+        if different:
+            raise self._there(path, f", of {', '.join(different)}")
 
     def _there(self, path: Path, what: str) -> ConfigError:
         return ConfigError("OUTPUT", self.given, f"{path} exists{what}", "Name another, or move it away")
@@ -108,9 +114,13 @@ def measured_with(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> dict[st
     return first | ({"resumed_with": later} if later else {})
 
 
-def _option(name: str, value: object) -> str:
-    """Format an option of the command line."""
-    if name == "settings":
-        return f"settings {' '.join(map(str, value))}" if isinstance(value, list) and value else "no settings"
-    option = f"--{name.replace('_', '-')}"
-    return f"no {option}" if value is None else f"{option}={as_typed(value)}"
+def _difference(name: str, earlier: Any, now: Any) -> Iterator[str]:
+    """Say how an earlier option differs, as on the command line."""
+    if name != "settings":
+        option = f"--{name.replace('_', '-')}"
+        yield f"no {option}" if earlier is None else f"{option}={as_typed(earlier)}"
+    elif sorted(earlier) == sorted(now):
+        yield f"settings in another order: {' '.join(earlier)}"
+    else:
+        yield from (setting for setting in earlier if setting not in now)
+        yield from (f"no {setting}" for setting in now if setting not in earlier)

@@ -53,7 +53,8 @@ def test_nothing_is_written_before_the_first_run(tmp_path: Path) -> None:
     ("changed", "said"),
     [
         ({"seq_length": 256}, "exists, of --seq-length=128"),
-        ({"settings": []}, "exists, of settings loss=liger"),
+        ({"settings": []}, "exists, of loss=liger"),
+        ({"settings": ["loss=liger", "seed=2"]}, "exists, of no seed=2"),
         ({"divisions": ["one"], "gpus": 4}, "exists, of --gpus=2, no --divisions"),
     ],
 )
