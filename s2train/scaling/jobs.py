@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from signal import Signals
+from threading import Event
 from typing import Any
 
 import torch
@@ -88,6 +89,7 @@ class Runner:
     ) -> None:
         self.folder, self.devices, self.recorded = folder, devices, recorded
         self._launch, self._settings, self.timeout_s = launch, tuple(settings), timeout_s
+        self._stopped = Event()
 
     def check(self, part: str, jobs: Sequence[Job]) -> None:
         """Check that the command's settings leave a part's jobs what they are.
@@ -155,9 +157,11 @@ class Runner:
             try:
                 for future in as_completed(futures):
                     yield futures[future], future.result()
-            finally:
+            except BaseException:  # an interrupted command ends what runs, and starts no more
+                self._stopped.set()
                 for future in futures:
-                    future.cancel()  # an interrupted command starts no more
+                    future.cancel()
+                raise
 
     def _run(self, job: Job, first_device: int) -> Outcome:
         found = self.recorded.get(job.name)
@@ -181,9 +185,13 @@ class Runner:
         """Run a program to its end; returns its error or None."""
         self.folder.mkdir(parents=True, exist_ok=True)
         log = self._path(name).with_suffix(".log")
-        status = self._launch(program, processes, rank_environment(first_device, processes), log, self.timeout_s)
+        status = self._launch(
+            program, processes, rank_environment(first_device, processes), log, self.timeout_s, self._stopped
+        )
         if status == 0:
             return None
+        if self._stopped.is_set():
+            return "interrupted"
         if status is None:
             return f"ran past its limit of {self.timeout_s:.0f} s, which --timeout sets; see {log}"
         errors = [line for line in log.read_text(errors="replace").splitlines() if "rror: " in line]

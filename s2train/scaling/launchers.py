@@ -12,12 +12,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from multiprocessing import get_context, get_start_method, parent_process, set_start_method
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from threading import Lock, Thread
+from threading import Event, Lock, Thread
 from unittest import mock
 
 from torch.distributed.run import parse_args
@@ -26,16 +27,23 @@ from s2train.distributed.parent_death_signal import signal_on_parent_death
 from s2train.distributed.torchrun_logs import without_log_folders
 
 # Starts a program's ranks with an environment and a log file, and waits for them. Returns the first status that isn't
-# 0, else 0; None if time ran out. The program is a script and its arguments, or -m, a module and its arguments.
-Launcher = Callable[[Sequence[str], int, Mapping[str, str], Path, float], int | None]
+# 0, else 0; None if time ran out or the event is set. The program is a script and its arguments, or -m, a module and
+# its arguments.
+Launcher = Callable[[Sequence[str], int, Mapping[str, str], Path, float, Event], int | None]
 
 _CONTEXT = get_context("forkserver")
 _LOCK = Lock()  # multiprocessing reads a process's status once, and may do so whenever another one starts
 _SECONDS_TO_END = 10.0  # that ranks have after a signal
+_SECONDS_TO_STOP = 0.5  # until an event is seen
 
 
 def by_torchrun(
-    program: Sequence[str], processes: int, environment: Mapping[str, str], log: Path, timeout_s: float
+    program: Sequence[str],
+    processes: int,
+    environment: Mapping[str, str],
+    log: Path,
+    timeout_s: float,
+    stopped: Event,
 ) -> int | None:
     """Start the ranks by torchrun; a `Launcher`."""
     arguments = ["--standalone", "--nproc-per-node", str(processes), *program]
@@ -49,18 +57,25 @@ def by_torchrun(
             # otherwise torchrun and its ranks would hold the devices after this process is killed
             preexec_fn=partial(signal_on_parent_death, signal.SIGTERM),
         )
+        until = time.monotonic() + timeout_s
         try:
-            return process.wait(timeout_s)
-        except BaseException as interruption:
-            os.killpg(process.pid, signal.SIGTERM)  # torchrun ends its ranks
-            process.wait()
-            if isinstance(interruption, subprocess.TimeoutExpired):
-                return None
-            raise
+            while not stopped.is_set() and (left := until - time.monotonic()) > 0:
+                with suppress(subprocess.TimeoutExpired):
+                    return process.wait(min(left, _SECONDS_TO_STOP))
+            return None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)  # torchrun ends its ranks
+                process.wait()
 
 
 def by_fork(
-    program: Sequence[str], processes: int, environment: Mapping[str, str], log: Path, timeout_s: float
+    program: Sequence[str],
+    processes: int,
+    environment: Mapping[str, str],
+    log: Path,
+    timeout_s: float,
+    stopped: Event,
 ) -> int | None:
     """Fork the ranks; a `Launcher`. Call `forks_problem` before."""
     log.write_text("")
@@ -82,7 +97,7 @@ def by_fork(
         for rank in ranks:
             with _LOCK:
                 rank.start()
-        return _wait(ranks, time.monotonic() + timeout_s)
+        return _wait(ranks, time.monotonic() + timeout_s, stopped)
     finally:
         _end([rank for rank in ranks if rank.pid is not None])
 
@@ -151,12 +166,15 @@ def _status(rank: BaseProcess) -> int | None:
         return rank.exitcode
 
 
-def _wait(ranks: Sequence[BaseProcess], until: float) -> int | None:
+def _wait(ranks: Sequence[BaseProcess], until: float, stopped: Event) -> int | None:
     """Wait until all ranks have ended, or one has failed."""
     running = list(ranks)
     while running:
-        if not wait([rank.sentinel for rank in running], max(0.0, until - time.monotonic())):
-            return None
+        left = until - time.monotonic()
+        if not wait([rank.sentinel for rank in running], max(0.0, min(left, _SECONDS_TO_STOP))):
+            if stopped.is_set() or left <= _SECONDS_TO_STOP:
+                return None
+            continue
         running = [rank for rank in running if _status(rank) is None]
         if failed := [status for rank in ranks if (status := _status(rank))]:
             return failed[0]

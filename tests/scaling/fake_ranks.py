@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 
@@ -28,7 +29,13 @@ class FakeRanks:
         return [name for name, _, _ in self.started]
 
     def __call__(
-        self, program: Sequence[str], processes: int, environment: Mapping[str, str], log: Path, timeout_s: float
+        self,
+        program: Sequence[str],
+        processes: int,
+        environment: Mapping[str, str],
+        log: Path,
+        timeout_s: float,
+        stopped: Event,
     ) -> int | None:
         run_dir = Path(program[-1].removeprefix("run_dir="))
         self.started.append((run_dir.name, processes, list(program[1:-1])))

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Barrier
+from typing import Any
 
 import pytest
 import torch
@@ -57,12 +58,12 @@ def test_jobs_on_half_of_the_devices_run_side_by_side_on_separate_ones(tmp_path:
 
     class Waiting(FakeRanks):
         def __call__(
-            self, program: Sequence[str], processes: int, environment: Mapping[str, str], log: Path, timeout_s: float
+            self, program: Sequence[str], processes: int, environment: Mapping[str, str], log: Path, *rest: Any
         ) -> int | None:
             if processes == 2:
                 both.wait()  # for the other one
             places[log.stem] = environment["CUDA_VISIBLE_DEVICES"]
-            return super().__call__(program, processes, environment, log, timeout_s)
+            return super().__call__(program, processes, environment, log, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
@@ -76,10 +77,10 @@ def test_results_are_recorded_before_the_next_job_starts(tmp_path: Path) -> None
     seen = []
 
     class Watching(FakeRanks):
-        def __call__(self, *arguments: object) -> int | None:  # type: ignore[override]
+        def __call__(self, *arguments: Any) -> int | None:
             path = tmp_path / "jobs.json"
             seen.append(list(json.loads(path.read_text())) if path.is_file() else [])
-            return super().__call__(*arguments)  # type: ignore[arg-type]
+            return super().__call__(*arguments)
 
     for _ in runner(tmp_path, Watching(RECORDS)).run_each([Job(name, 2, ()) for name in "abc"]):
         pass
@@ -114,6 +115,22 @@ def test_an_interrupted_command_starts_no_further_job(tmp_path: Path) -> None:
     next(outcomes)
     outcomes.close()
     assert len(ranks.started) < 50
+
+
+def test_an_interrupted_command_ends_what_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Endless(FakeRanks):
+        def __call__(self, *arguments: Any) -> int | None:
+            if arguments[0][-1].endswith("endless"):
+                assert arguments[-1].wait(10)
+                return None
+            return super().__call__(*arguments)
+
+    ranks = Endless(RECORDS)
+    outcomes = runner(tmp_path, ranks).run_each([Job("quick", 1, ()), Job("endless", 1, ())])
+    next(outcomes)
+    outcomes.close()
+    assert "endless: interrupted" in capsys.readouterr().out
+    assert list(json.loads((tmp_path / "jobs.json").read_text())) == ["quick"]
 
 
 def test_settings_of_the_command_come_after_those_of_the_job(tmp_path: Path) -> None:
