@@ -2,7 +2,7 @@
 
 python launch/scaling.py OUTPUT --gpus 2
 
-Writes OUTPUT.json after each run of these parts:
+Writes results of these parts to OUTPUT.json as they come:
 --parity    compare all parallel divisions of a model over the GPUs with one process: losses agree within rounding
 --resume    compare stopped and resumed deterministic runs with uninterrupted ones: bit-identical, also if half of four
             or more GPUs trained in between
@@ -13,8 +13,10 @@ Writes OUTPUT.json after each run of these parts:
             compare their losses with two GPUs
 
 Without these options, all parts run but the last. Settings, such as schedule.placement=balanced, apply to every
-training run. Runs and logs are kept in runs/scaling-NAME, and results of finished runs in OUTPUT.jobs.json: after an
-interruption the same command resumes from there, and repeats failed runs; on another machine too, where both files are.
+training run; those that a part sets itself, such as parallel.tp, are rejected. Runs and logs are kept in
+runs/scaling-NAME, and results of finished runs in OUTPUT.jobs.json: after an interruption the same command resumes from
+there, and repeats failed runs; on another machine too, where both files are. It may name other parts, with the same
+options otherwise. Ends with status 1 if a run failed, or if --parity, --resume or --long found a difference.
 Without a GPU it uses CPU processes, to try the program: see the options in tests/scaling/test_program.py.
 """
 
@@ -135,36 +137,49 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
-    parser.add_argument("settings", nargs="*")
-    parser.add_argument("--gpus", type=int, default=2)
+    parser.add_argument("settings", nargs="*", help="of every training run, such as loss=liger")
+    parser.add_argument("--gpus", type=int, default=2, help="2, 4 or 8; default: 2")
     for part in PARTS:
         parser.add_argument(f"--{part.replace('_', '-')}", action="store_true")
-    parser.add_argument("--parity-model", default="125m_hybrid")
+    parser.add_argument(
+        "--parity-model", default="125m_hybrid", help="of --parity and --resume, of conf/model; default: 125m_hybrid"
+    )
     parser.add_argument(
         "--parity-at-once", type=int, default=1, help="concurrent runs on the same GPUs, if memory suffices"
     )
-    parser.add_argument("--models", nargs="+", default=["1b_hybrid", "1b_dense"])
-    parser.add_argument("--seq-length", type=tokens, default=32_768, help="tokens per sequence of --scaling")
+    parser.add_argument(
+        "--models", nargs="+", default=["1b_hybrid", "1b_dense"], help="of --scaling; default: 1b_hybrid 1b_dense"
+    )
+    parser.add_argument(
+        "--seq-length", type=tokens, default=32_768, help="tokens per sequence of --scaling; default: 32k"
+    )
     parser.add_argument(
         "--sequences", type=int, default=2, help="sequences per step of --scaling; with data parallel, per GPU"
     )
     parser.add_argument(
         "--micro-batch", type=int, default=1, help="sequences of --scaling that go through a GPU at once"
     )
-    parser.add_argument("--divisions", nargs="+", help="those of --scaling, such as one cp4; default: all")
-    parser.add_argument("--attention-length", type=tokens, help="tokens of attention-only measurements")
+    parser.add_argument(
+        "--divisions",
+        nargs="+",
+        help="those of --scaling, such as one cp4 'tp4 cp2'; 'one' is what the others are compared with; default: all",
+    )
+    parser.add_argument(
+        "--attention-length", type=tokens, help="tokens of attention alone: of --cp-bytes, --balance, and of --parity"
+    )
     parser.add_argument("--long-size", default="7b", help="model size of --long: SIZE_hybrid and SIZE_dense")
     parser.add_argument(
         "--long-lengths",
         type=tokens,
         nargs="+",
         default=[131_072, 524_288, 1_048_576],
-        help="tokens per sequence of --long; the dense model takes the longest whose step is short enough",
+        help="tokens per sequence of --long; the dense model takes the longest whose step is short enough; default: "
+        "128k 512k 1m",
     )
     parser.add_argument("--long-agreement", type=tokens, default=65_536, help="length of --long's compared losses")
     parser.add_argument("--long-layers", type=int, help="number of layers of --long; default: the most that fit")
-    parser.add_argument("--long-seconds", type=float, default=60, help="longest predicted step of --long, in seconds")
-    parser.add_argument("--timeout", type=float, default=300, help="time limit of one program, in seconds")
+    parser.add_argument("--long-seconds", type=float, default=60, help="longest predicted step of --long; default: 60")
+    parser.add_argument("--timeout", type=float, default=300, help="time limit of one run, in seconds; default: 300")
     parser.add_argument(
         "--launcher", choices=("fork", "torchrun"), default="fork", help="fork: import once for all runs"
     )

@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -231,12 +231,21 @@ def _layers(request: Request, length: int, cp: int, hardware: Hardware) -> int:
             return count
     layers = f"{plan.cfg.model.num_layers} layers on {cp} devices"  # the fewest
     if not plan.fits_with_room:
-        problem, remedy = _shortage(plan, 0.9), "or add loss=linear or model.vocab_size=8192 for smaller logits"
+        problem, remedy = _shortage(plan, 0.9), _with_room(request, plan, length, cp, hardware)
     else:
         problem = f"take {_predicted(plan):.0f} s a step, more than {request.step_s:.0f}"
         remedy = "or raise --long-seconds"
     smaller = "Leave it out" if option == "--long-lengths" else "Set a smaller one"
     raise ConfigError(option, length, f"{layers} {problem}", f"{smaller}, {remedy}")
+
+
+def _with_room(request: Request, plan: Plan, length: int, cp: int, hardware: Hardware) -> str:
+    """Propose smaller logits if a plan then fits, else a smaller model."""
+    for smaller in (["loss=linear"], ["model.vocab_size=8192"], ["loss=linear", "model.vocab_size=8192"]):
+        changed = replace(request, settings=[*request.settings, *smaller])
+        if _plan(changed, "hybrid", length, cp, plan.cfg.model.num_layers, hardware).fits_with_room:
+            return f"or add {' '.join(smaller)} for smaller logits"
+    return "or set a smaller --long-size"
 
 
 def _shortage(plan: Plan, share: float) -> str:

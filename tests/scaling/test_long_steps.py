@@ -155,6 +155,14 @@ def test_it_is_said_that_unknown_rates_limit_no_step(tmp_path: Path, capsys: pyt
     assert "warning: rates of GPU are unknown" in capsys.readouterr().err
 
 
+def test_smaller_logits_are_proposed_only_where_they_make_room(tmp_path: Path) -> None:
+    a100 = Hardware("NVIDIA A100-SXM4-80GB", "cuda", 85_000_000_000, gpu_rates("NVIDIA A100-SXM4-80GB"), (8, 0))
+    for size, remedy in (("7b", "or set a smaller --long-size"), ("1b", "or add loss=linear for smaller logits")):
+        runner = Runner(tmp_path / "runs", 4, Recorded(tmp_path / "jobs.json"), FakeRanks(RECORDS))
+        with pytest.raises(ConfigError, match=rf"^--long-lengths=1048576: 4 layers .*{remedy}$"):
+            long_steps(runner, replace(REQUEST, size=size, lengths=[1024 * K]), a100)
+
+
 def test_letters_for_more_than_four_layers_are_repeated(tmp_path: Path) -> None:
     request = replace(REQUEST, size="1b", lengths=[512 * K], step_s=6.0, settings=["layout.layers=DSSSSSSS"])
     (row, *_) = measure(tmp_path, request, FakeRanks(RECORDS))[-1]["rows"].values()
