@@ -259,7 +259,7 @@ def _check_allowed_changes(cfg: PretrainConfig) -> None:
 
 def _nearest(setting: str, value: object, choices: Sequence[str | int]) -> str:
     names = [str(choice) for choice in choices]
-    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.0)[0]
+    near = difflib.get_close_matches(str(value).lower(), names, n=1, cutoff=0.0)[0]
     return f"Did you mean {setting}={near}? It may be {', '.join(names)}."
 
 

@@ -105,3 +105,5 @@ def test_the_predicted_time_of_auto_is_that_of_its_choice() -> None:
 def test_another_exchange_is_rejected_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"parallel\.cp_exchange=ring.*blocks, overlapped, gather, auto"):
         check(config(2, cp=2, cp_exchange="ring"), 2, H100)
+    with pytest.raises(ConfigError, match=r"parallel\.cp_exchange=AUTO.*Did you mean parallel\.cp_exchange=auto\?"):
+        check(config(2, cp=2, cp_exchange="AUTO"), 2, H100)
