@@ -48,6 +48,8 @@ class Kept:
             ConfigError: what is there is of other options, of another OUTPUT, or of unknown ones.
         """
         content: dict[str, Any] = {}
+        if self.jobs.exists():
+            self._content(self.jobs)
         if self.results.exists():
             content = self._content(self.results)
             self._check_asked(self.results, content.get("asked"), asked)

@@ -81,6 +81,12 @@ def test_another_programs_file_is_not_overwritten(content: str) -> None:
     assert problem(Kept.of(Path("two")), ASKED).startswith("two.json exists, and ")
 
 
+def test_a_part_of_a_copied_file_is_rejected() -> None:
+    kept = begun()
+    kept.jobs.write_text('{"one": {"rec')
+    assert problem(kept, ASKED) == "two.jobs.json exists, and is not of this program"
+
+
 def test_runs_of_an_earlier_version_continue() -> None:
     kept = begun()
     write_json(kept.runs / "asked.json", ASKED)  # which did not name OUTPUT
