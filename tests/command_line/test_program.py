@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 
-from s2train.command_line.program import run_command, settings_before_options
+from s2train.command_line.program import run_command, settings_before_options, tokens
 from s2train.planning import compose_run
 
 
@@ -90,3 +90,8 @@ def test_a_model_that_a_measurement_does_not_find_is_one_line(
     line = capsys.readouterr().err.splitlines()[-1]
     assert "model=7b_hybird" in line
     assert "Did you mean +model=7b_hybrid?" in line
+
+
+@pytest.mark.parametrize(("text", "number"), [("8192", 8192), ("8k", 8192), ("1m", 1_048_576), ("1M", 1_048_576)])
+def test_a_number_of_tokens_may_end_in_k_or_m(text: str, number: int) -> None:
+    assert tokens(text) == number
