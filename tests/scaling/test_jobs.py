@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Barrier
@@ -118,9 +119,12 @@ def test_an_interrupted_command_starts_no_further_job(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_command_ends_what_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = threading.Event()
+
     class Endless(FakeRanks):
         def __call__(self, *arguments: Any) -> int | None:
             if arguments[0][-1].endswith("endless"):
+                runs.set()
                 assert arguments[-1].wait(10)
                 return None
             return super().__call__(*arguments)
@@ -128,6 +132,7 @@ def test_an_interrupted_command_ends_what_runs(tmp_path: Path, capsys: pytest.Ca
     ranks = Endless(RECORDS)
     outcomes = runner(tmp_path, ranks).run_each([Job("quick", 1, ()), Job("endless", 1, ())])
     next(outcomes)
+    assert runs.wait(10)
     outcomes.close()
     assert "endless: interrupted" in capsys.readouterr().out
     assert list(json.loads((tmp_path / "jobs.json").read_text())) == ["quick"]
