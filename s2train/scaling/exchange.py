@@ -59,7 +59,7 @@ def measure(case: Case, shape: Shape, device: torch.device, passes: int) -> dict
 
     def exchange() -> None:
         started = KVExchange(plan, case.block, group)
-        started.receive(started.send(k, v), shape.dim)
+        started.receive(*started.send(k, v), before_own=True)
 
     mine = {
         "setup_s": seconds,

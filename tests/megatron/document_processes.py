@@ -74,6 +74,7 @@ def run(size: int, folder: Path) -> dict[tuple[str, str, str, torch.dtype], list
 
 def _rank(rank: int, size: int, folder: Path, seed: int) -> None:
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
     cpu.install()
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
     random.seed(seed)

@@ -66,8 +66,7 @@ def attend_after_exchange(
         layout: of the whole sequence and this rank's heads.
     """
     exchange = KVExchange(rank_exchange_plan(layout, key.shape[2], group), layout.block_size, group)
-    far_key, far_value = exchange.receive(exchange.send(key, value), key.shape[-1])
-    keys, values = torch.cat([far_key, key]), torch.cat([far_value, value])
+    keys, values = exchange.receive(*exchange.send(key, value), before_own=True)
     offset = exchange.plan.slots * layout.block_size
     out = attend(query, keys, values, _part("whole", layout, exchange.plan), offset, return_lse=False)
     assert isinstance(out, Tensor)
@@ -88,9 +87,9 @@ def attend_overlapped(
     written twice, so this is faster only if the exchange takes longer than that.
     """
     exchange = KVExchange(rank_exchange_plan(layout, key.shape[2], group), layout.block_size, group)
-    token = exchange.send(key, value)
+    key, value = exchange.send(key, value)
     near = attend(query, key, value, _part("own", layout, exchange.plan), 0, return_lse=True)
-    far_key, far_value = exchange.receive(token, key.shape[-1])
+    far_key, far_value = exchange.receive(key, value)
     offset = exchange.plan.slots * layout.block_size
     far = attend(query, far_key, far_value, _part("remote", layout, exchange.plan), offset, return_lse=True)
     assert isinstance(near, tuple)

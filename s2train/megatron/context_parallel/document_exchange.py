@@ -18,29 +18,21 @@ from s2train.megatron.context_parallel.kv_exchange import Exchange
 
 
 class DocumentExchange(Exchange):
-    """Exchange of one layer, by a `DocumentPlan`."""
+    """Exchange of one layer, by a `DocumentPlan`.
 
-    def __init__(self, plan: DocumentPlan, num_kv_heads: int, group: torch.distributed.ProcessGroup) -> None:
-        super().__init__(plan.sent_counts, plan.received, group)
-        self.plan, self.num_kv_heads = plan, num_kv_heads
+    A unit is a token of one KV head. Received keys and values are [rows, 1, H_kv, …].
+    """
 
-    def packed(self, x: Tensor) -> Tensor:
-        return x.flatten(0, 2)[torch.cat([part for parts in self.plan.sent for part in parts])]
+    def __init__(self, plan: DocumentPlan, group: torch.distributed.ProcessGroup) -> None:
+        super().__init__(plan, group)
+        self.plan = plan
 
-    def add(self, total: Tensor, packed: Tensor) -> None:
-        rows = total.view(-1, total.shape[-1])
-        parts = [part for parts in self.plan.sent for part in parts]  # each names a token once
-        for where, part in zip(parts, packed.split([len(part) for part in parts]), strict=True):
-            rows[where] += part
+    def units(self, x: Tensor) -> Tensor:
+        """View [s, b, H_kv, d] as [s · b · H_kv, d]."""
+        return x.flatten(0, 2)
 
-    def unpacked(self, packed: Tensor) -> Tensor:
-        # kernels read partly masked tiles: unfilled rows must be finite
-        result = packed.new_zeros(self.plan.rows * self.num_kv_heads, packed.shape[-1])
-        result[self.plan.places] = packed
-        return result.view(self.plan.rows, 1, self.num_kv_heads, -1)
-
-    def repacked(self, x: Tensor) -> Tensor:
-        return x.flatten(0, 2)[self.plan.places]
+    def received_shape(self, x: Tensor) -> tuple[int, ...]:
+        return self.plan.rows, 1, *x.shape[2:]
 
 
 class _WithUnused(torch.autograd.Function):
@@ -80,9 +72,9 @@ def attend_documents_exchanged(
     if layout not in documents.plans:
         documents.plans[layout] = document_plan(documents, layout, num_kv_heads, group.rank(), group.size())
     plan: DocumentPlan = documents.plans[layout]
-    exchange = DocumentExchange(plan, num_kv_heads, group)
-    token = exchange.send(key, value)
-    far = None if overlapped else exchange.receive(token, key.shape[-1])
+    exchange = DocumentExchange(plan, group)
+    key, value = exchange.send(key, value)
+    far = None if overlapped else exchange.receive(key, value)
 
     def own(x: Tensor, sequence: int, chunk: int) -> Tensor:
         return x[documents.rows * chunks.index(chunk) :][: documents.rows, sequence : sequence + 1]
@@ -92,7 +84,7 @@ def attend_documents_exchanged(
         return attend_documents(rows, own(key, sequence, chunk)[first:], own(value, sequence, chunk)[first:], bounds)
 
     done = attend_begun(documents, chunks, query, begun)
-    far_key, far_value = far if far is not None else exchange.receive(token, key.shape[-1])
+    far_key, far_value = far if far is not None else exchange.receive(key, value)
 
     def continued(sequence: int, chunk: int, rows: Tensor) -> Tensor:
         planned = plan.keys[sequence][chunks.index(chunk)]

@@ -6,6 +6,7 @@ the host, from the documents and the layout, without asking the others.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from torch import Tensor
@@ -14,6 +15,7 @@ from s2train.kernels.layout import BlockLayout
 from s2train.layouts.renumber import renumber
 from s2train.megatron.context_parallel.all_gather import chunk_ids
 from s2train.megatron.context_parallel.documents import ContinuedDocument, DividedDocuments, to_device
+from s2train.megatron.context_parallel.returned import Returned
 
 
 @dataclass(frozen=True)
@@ -114,19 +116,33 @@ class DocumentPlan:
     """What one rank sends and receives for a layout and micro batch.
 
     Attributes:
-        sent: indices into own keys [s / cp · b · H_kv], by receiver, each in two parts: its chunks.
+        sent_parts: indices into own keys [s / cp · b · H_kv], by receiver, in two parts: its chunks.
         sent_counts, received: tokens to and from each rank, itself too.
         places: indices into the buffer [rows · H_kv], ordered by sender.
         rows: of the buffer; at least one.
+        own_keys: number of own keys.
+        is_full: whether the received tokens fill the buffer.
         keys: of each sequence and own chunk: first row in the buffer, keys, layout; None without a continued document.
     """
 
-    sent: tuple[tuple[Tensor, Tensor], ...]
+    sent_parts: list[np.ndarray]
     sent_counts: list[int]
     received: list[int]
-    places: Tensor
+    places: tuple[Tensor]
     rows: int
+    own_keys: int
+    is_full: bool
     keys: tuple[tuple[tuple[int, ContinuedKeys, BlockLayout] | None, ...], ...]
+
+    @cached_property
+    def sent(self) -> tuple[Tensor]:
+        """Indices into own keys, ordered by receiver."""
+        return (to_device(np.concatenate(self.sent_parts), self.places[0].device),)
+
+    @cached_property
+    def returned(self) -> Returned:
+        """How gradients of sent tokens are summed."""
+        return Returned.of(self.sent_parts, (self.own_keys,), self.places[0].device)
 
 
 def document_plan(
@@ -139,18 +155,18 @@ def document_plan(
         num_kv_heads: H_kv, a divisor of the layout's heads.
     """
     batch, host = len(documents.bounds), _HostLayout.of(layout)
-    sent: list[tuple[np.ndarray, np.ndarray]] = []
+    sent: list[np.ndarray] = []  # of each receiver's two chunks, which may need the same tokens
+    sent_counts: list[int] = []
     for receiver in range(size):
         needs = _Needs.of(documents, host, num_kv_heads, receiver, size)
         mine = needs.runs.at(needs.senders == rank)
         chunk, place = np.divmod(mine.starts, documents.rows)
         local = place + documents.rows * (chunk >= size)  # the second of this rank's chunks
         first = (local * batch + mine.sequences) * num_kv_heads + mine.heads
-        by_part = [
-            _expanded(first[mine.parts == part], mine.lengths[mine.parts == part], batch * num_kv_heads)
-            for part in (0, 1)
-        ]
-        sent.append((by_part[0], by_part[1]))
+        for part in (0, 1):
+            of_part = mine.parts == part
+            sent.append(_expanded(first[of_part], mine.lengths[of_part], batch * num_kv_heads))
+        sent_counts.append(int(mine.lengths.sum()))
         if receiver == rank:
             own = needs
     order = np.argsort(own.senders, kind="stable")
@@ -158,11 +174,13 @@ def document_plan(
     places = _expanded(runs.places * num_kv_heads + runs.heads, runs.lengths, num_kv_heads)
     keys = [None if at is None else (*at, at[1].layout(layout)) for at in own.keys]
     return DocumentPlan(
-        sent=tuple((to_device(a, layout.device), to_device(b, layout.device)) for a, b in sent),
-        sent_counts=[len(a) + len(b) for a, b in sent],
+        sent_parts=sent,
+        sent_counts=sent_counts,
         received=[int(own.runs.lengths[own.senders == sender].sum()) for sender in range(size)],
-        places=to_device(places, layout.device),
+        places=(to_device(places, layout.device),),
         rows=max(1, own.rows),
+        own_keys=2 * documents.rows * batch * num_kv_heads,
+        is_full=0 < own.rows * num_kv_heads == len(places),
         keys=tuple((keys[sequence], keys[batch + sequence]) for sequence in range(batch)),
     )
 

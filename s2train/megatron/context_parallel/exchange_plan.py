@@ -6,11 +6,13 @@ The plan depends only on the layout and is the same on every rank.
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from s2train.kernels.layout import BlockLayout
 from s2train.layouts.renumber import causal_pairs, renumber
+from s2train.megatron.context_parallel.returned import Returned
 
 _ALIGNMENT = 128  # tokens: the first query's position is a multiple of it, which suits the kernels
 
@@ -70,36 +72,36 @@ class ExchangePlan:
     Attributes:
         rank: in the context parallel group.
         slots: places for received blocks, at least one; unfilled places are in no layout.
-        sent: the (KV heads, own blocks) to send to each rank, int64; none to itself.
-        heads, places: KV head and slot of the received blocks, ordered by rank, int64.
-        received: number of blocks from each rank.
+        sent: KV heads and own blocks to send, ordered by rank, int64.
+        sent_counts, received: number of blocks to and from each rank; 0 to itself.
+        places: KV heads and slots of the received blocks, ordered by rank, int64.
         rows: new numbers of this rank's query blocks, int64 [query blocks]; -1 for other ranks' blocks.
         columns: slot of each received block, int64 [H_kv, key blocks]; -1 for all others.
     """
 
     rank: int
     slots: int
-    sent: tuple[tuple[Tensor, Tensor], ...]
-    heads: Tensor
-    places: Tensor
-    received: tuple[int, ...]
+    sent: tuple[Tensor, Tensor]
+    sent_counts: list[int]
+    places: tuple[Tensor, Tensor]
+    received: list[int]
     rows: Tensor
     columns: Tensor
 
     @property
-    def sent_counts(self) -> list[int]:
-        """Number of blocks sent to each rank."""
-        return [len(heads) for heads, _ in self.sent]
+    def is_full(self) -> bool:
+        return len(self.places[0]) == self.slots * len(self.columns)
 
     @cached_property
-    def sent_blocks(self) -> tuple[Tensor, Tensor]:
-        """Return the (KV heads, own blocks) to send, ordered by rank."""
-        heads, blocks = (torch.cat(parts) for parts in zip(*self.sent, strict=True))
-        return heads, blocks
+    def returned(self) -> Returned:
+        """How gradients of sent blocks are summed. The host waits for `sent`."""
+        shape = len(self.columns), self.own_blocks
+        blocks = np.ravel_multi_index(tuple(x.cpu().numpy() for x in self.sent), shape)
+        return Returned.of(np.split(blocks, np.cumsum(self.sent_counts)[:-1]), shape, self.rows.device)
 
     @property
     def own_blocks(self) -> int:
-        return len(self.rows) // len(self.sent)
+        return len(self.rows) // len(self.received)
 
     def whole(self, layout: BlockLayout) -> BlockLayout:
         """Return `layout` of this rank's queries over received and own keys.
@@ -160,6 +162,16 @@ def exchange_plan(layout: BlockLayout, num_kv_heads: int, rank: int, size: int) 
         head, block = (needed[other] & is_own & (other != rank)).nonzero(as_tuple=True)
         sent.append((head, rows[block]))
         received.append((remote & (owner == other)).nonzero(as_tuple=True))
-    heads, blocks = (torch.cat(parts) for parts in zip(*received, strict=True))
-    counts = tuple(len(head) for head, _ in received)
-    return ExchangePlan(rank, slots, tuple(sent), heads, columns[heads, blocks], counts, rows, columns)
+    (sent_heads, sent_blocks), (heads, blocks) = (
+        (torch.cat(parts) for parts in zip(*of_ranks, strict=True)) for of_ranks in (sent, received)
+    )
+    return ExchangePlan(
+        rank,
+        slots,
+        (sent_heads, sent_blocks),
+        [len(head) for head, _ in sent],
+        (heads, columns[heads, blocks]),
+        [len(head) for head, _ in received],
+        rows,
+        columns,
+    )
