@@ -36,6 +36,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "grouped": ("layout.layers=DSSS", "schedule=grouped", _PARTIAL),  # heads differ, but don't see all blocks together
     # more local blocks, and stripes farther apart: by 12 blocks, as MODEL has 12 heads, which together see all blocks
     "wide": ("layout.layers=DWWW", f"+layout.patterns.W={{kind:local_vertical,local:{MATCHED},stride:12}}"),
+    # the window's reach nearby, and the stripes' far away
+    "alternating": ("layout.layers=DWSW", f"+layout.patterns.W={{kind:sliding_window,window:{MATCHED}}}", _PARTIAL),
     "hyper": ("layout=hyper_b256", "layout.layers=DHHH"),  # the hybrid's number of dense layers, near its density
     "sparse": ("layout.layers=S",),
     "d1s7": ("layout.layers=D1S7",),

@@ -56,7 +56,7 @@ def on_mock_data(cfg: PretrainConfig) -> PretrainConfig:
 @pytest.mark.parametrize(
     ("variant", "phase"),
     [
-        *itertools.product(["window", "window_sinks", "index"], ["16k", "32k", "16k-40m"]),
+        *itertools.product(["window", "window_sinks", "alternating", "index"], ["16k", "32k", "16k-40m"]),
         ("wide", "16k"),
         ("moba", "16k"),  # other scorers select the same number of blocks
         ("sea", "16k"),
