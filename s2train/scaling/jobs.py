@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from s2train.errors import ConfigError
-from s2train.scaling.launchers import Launcher
+from s2train.scaling.launchers import Launch, Launcher
 from s2train.scaling.recorded import Recorded
 from s2train.training.records import read_records
 
@@ -185,9 +185,8 @@ class Runner:
         """Run a program to its end; returns its error or None."""
         self.folder.mkdir(parents=True, exist_ok=True)
         log = self._path(name).with_suffix(".log")
-        status = self._launch(
-            program, processes, rank_environment(first_device, processes), log, self.timeout_s, self._stopped
-        )
+        environment = rank_environment(first_device, processes)
+        status = self._launch(Launch(program, processes, environment, log, self.timeout_s, self._stopped))
         if status == 0:
             return None
         if self._stopped.is_set():

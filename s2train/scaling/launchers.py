@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_context, get_start_method, parent_process, set_start_method
 from multiprocessing.connection import wait
@@ -26,10 +27,31 @@ from torch.distributed.run import parse_args
 from s2train.distributed.parent_death_signal import signal_on_parent_death
 from s2train.distributed.torchrun_logs import without_log_folders
 
-# Starts a program's ranks with an environment and a log file, and waits for them. Returns the first status that isn't
-# 0, else 0; None if time ran out or the event is set. The program is a script and its arguments, or -m, a module and
-# its arguments.
-Launcher = Callable[[Sequence[str], int, Mapping[str, str], Path, float, Event], int | None]
+
+@dataclass(frozen=True)
+class Launch:
+    """A program to start on ranks.
+
+    Attributes:
+        program: a script and its arguments, or -m, a module and its arguments.
+        processes: number of ranks.
+        environment: of each rank.
+        log: file of their output.
+        timeout_s: the ranks are ended after this time.
+        stopped: the ranks are ended when it is set.
+    """
+
+    program: Sequence[str]
+    processes: int
+    environment: Mapping[str, str]
+    log: Path
+    timeout_s: float
+    stopped: Event = field(default_factory=Event)
+
+
+# Starts the ranks and waits for them. Returns the first status that isn't 0, else 0; None if time ran out or the event
+# is set.
+Launcher = Callable[[Launch], int | None]
 
 _CONTEXT = get_context("forkserver")
 _LOCK = Lock()  # multiprocessing reads a process's status once, and may do so whenever another one starts
@@ -37,29 +59,22 @@ _SECONDS_TO_END = 10.0  # that ranks have after a signal
 _SECONDS_TO_STOP = 0.5  # until an event is seen
 
 
-def by_torchrun(
-    program: Sequence[str],
-    processes: int,
-    environment: Mapping[str, str],
-    log: Path,
-    timeout_s: float,
-    stopped: Event,
-) -> int | None:
+def by_torchrun(launch: Launch) -> int | None:
     """Start the ranks by torchrun; a `Launcher`."""
-    arguments = ["--standalone", "--nproc-per-node", str(processes), *program]
-    with log.open("w") as file, without_log_folders(parse_args(arguments)) as logs:
+    arguments = ["--standalone", "--nproc-per-node", str(launch.processes), *launch.program]
+    with launch.log.open("w") as file, without_log_folders(parse_args(arguments)) as logs:
         process = subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", *logs, *arguments],
             stdout=file,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env=launch.environment,
             start_new_session=True,
             # otherwise torchrun and its ranks would hold the devices after this process is killed
             preexec_fn=partial(signal_on_parent_death, signal.SIGTERM),
         )
-        until = time.monotonic() + timeout_s
+        until = time.monotonic() + launch.timeout_s
         try:
-            while not stopped.is_set() and (left := until - time.monotonic()) > 0:
+            while not launch.stopped.is_set() and (left := until - time.monotonic()) > 0:
                 with suppress(subprocess.TimeoutExpired):
                     return process.wait(min(left, _SECONDS_TO_STOP))
             return None
@@ -69,35 +84,28 @@ def by_torchrun(
                 process.wait()
 
 
-def by_fork(
-    program: Sequence[str],
-    processes: int,
-    environment: Mapping[str, str],
-    log: Path,
-    timeout_s: float,
-    stopped: Event,
-) -> int | None:
+def by_fork(launch: Launch) -> int | None:
     """Fork the ranks; a `Launcher`. Call `forks_problem` before."""
-    log.write_text("")
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(processes)}
-    place |= {"LOCAL_WORLD_SIZE": str(processes)}
+    launch.log.write_text("")
+    size = str(launch.processes)
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     ranks: list[BaseProcess] = [
         _CONTEXT.Process(
             target=_become_rank,
             args=(
-                list(program),
-                {**environment, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                str(log),
+                list(launch.program),
+                {**launch.environment, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                str(launch.log),
                 get_start_method(),
             ),
         )
-        for rank in range(processes)
+        for rank in range(launch.processes)
     ]
     try:
         for rank in ranks:
             with _LOCK:
                 rank.start()
-        return _wait(ranks, time.monotonic() + timeout_s, stopped)
+        return _wait(ranks, time.monotonic() + launch.timeout_s, launch.stopped)
     finally:
         _end([rank for rank in ranks if rank.pid is not None])
 

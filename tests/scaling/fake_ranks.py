@@ -1,11 +1,11 @@
 """Runs of `launch/pretrain.py` that only write what a run records."""
 
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Event
 from typing import Any
+
+from s2train.scaling.launchers import Launch
 
 
 @dataclass
@@ -28,20 +28,13 @@ class FakeRanks:
     def names(self) -> list[str]:
         return [name for name, _, _ in self.started]
 
-    def __call__(
-        self,
-        program: Sequence[str],
-        processes: int,
-        environment: Mapping[str, str],
-        log: Path,
-        timeout_s: float,
-        stopped: Event,
-    ) -> int | None:
+    def __call__(self, launch: Launch) -> int | None:
+        program = launch.program
         run_dir = Path(program[-1].removeprefix("run_dir="))
-        self.started.append((run_dir.name, processes, list(program[1:-1])))
+        self.started.append((run_dir.name, launch.processes, list(program[1:-1])))
         run_dir.mkdir()
         (run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in self.records))
         last = next((word.partition("=")[2] for word in program if word.startswith("train.exit_step=")), "1")
         (run_dir / "checkpoints" / f"iter_{int(last):07d}").mkdir(parents=True)
-        log.write_text("OutOfMemoryError: too little\n" if run_dir.name in self.failing else "")
+        launch.log.write_text("OutOfMemoryError: too little\n" if run_dir.name in self.failing else "")
         return 1 if run_dir.name in self.failing else self.status

@@ -4,16 +4,15 @@ import json
 import re
 import shutil
 import threading
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Barrier
-from typing import Any
 
 import pytest
 import torch
 
 from s2train.errors import ConfigError
 from s2train.scaling.jobs import Job, Runner
+from s2train.scaling.launchers import Launch
 from s2train.scaling.recorded import Recorded
 from s2train.scaling.resumption import resumption
 from tests.scaling.fake_ranks import FakeRanks
@@ -58,13 +57,11 @@ def test_jobs_on_half_of_the_devices_run_side_by_side_on_separate_ones(tmp_path:
     places, both = {}, Barrier(2, timeout=10)
 
     class Waiting(FakeRanks):
-        def __call__(
-            self, program: Sequence[str], processes: int, environment: Mapping[str, str], log: Path, *rest: Any
-        ) -> int | None:
-            if processes == 2:
+        def __call__(self, launch: Launch) -> int | None:
+            if launch.processes == 2:
                 both.wait()  # for the other one
-            places[log.stem] = environment["CUDA_VISIBLE_DEVICES"]
-            return super().__call__(program, processes, environment, log, *rest)
+            places[launch.log.stem] = launch.environment["CUDA_VISIBLE_DEVICES"]
+            return super().__call__(launch)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
@@ -78,10 +75,10 @@ def test_results_are_recorded_before_the_next_job_starts(tmp_path: Path) -> None
     seen = []
 
     class Watching(FakeRanks):
-        def __call__(self, *arguments: Any) -> int | None:
+        def __call__(self, launch: Launch) -> int | None:
             path = tmp_path / "jobs.json"
             seen.append(list(json.loads(path.read_text())) if path.is_file() else [])
-            return super().__call__(*arguments)
+            return super().__call__(launch)
 
     for _ in runner(tmp_path, Watching(RECORDS)).run_each([Job(name, 2, ()) for name in "abc"]):
         pass
@@ -122,12 +119,12 @@ def test_an_interrupted_command_ends_what_runs(tmp_path: Path, capsys: pytest.Ca
     runs = threading.Event()
 
     class Endless(FakeRanks):
-        def __call__(self, *arguments: Any) -> int | None:
-            if arguments[0][-1].endswith("endless"):
+        def __call__(self, launch: Launch) -> int | None:
+            if launch.program[-1].endswith("endless"):
                 runs.set()
-                assert arguments[-1].wait(10)
+                assert launch.stopped.wait(10)
                 return None
-            return super().__call__(*arguments)
+            return super().__call__(launch)
 
     ranks = Endless(RECORDS)
     outcomes = runner(tmp_path, ranks).run_each([Job("quick", 1, ()), Job("endless", 1, ())])

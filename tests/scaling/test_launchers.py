@@ -5,11 +5,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from threading import Event, Timer
+from threading import Timer
 
 import pytest
 
-from s2train.scaling.launchers import Launcher, by_fork, by_torchrun
+from s2train.scaling.launchers import Launch, Launcher, by_fork, by_torchrun
 from tests.program import ROOT
 
 SLEEP = "import os, sys, time\nopen(f\"{sys.argv[1]}/{os.environ['RANK']}\", 'w').write(str(os.getpid()))\n"
@@ -66,7 +66,7 @@ def test_ranks_know_their_place_arguments_environment_and_log(tmp_path: Path) ->
         "port = int(os.environ['MASTER_PORT'])\n"
         "print(__name__, *sys.argv[1:], *places, multiprocessing.get_start_method(), port > 0, flush=True)\n"
     )
-    status = by_fork(program(tmp_path, text), 2, environment(GIVEN="value"), tmp_path / "log", 60, Event())
+    status = by_fork(Launch(program(tmp_path, text), 2, environment(GIVEN="value"), tmp_path / "log", 60))
     method = "fork" if sys.version_info < (3, 14) else "forkserver"
     expected = [f"__main__ {tmp_path} {rank} {rank} 2 2 value {method} True" for rank in (0, 1)]
     assert (status, sorted((tmp_path / "log").read_text().splitlines())) == (0, expected)
@@ -75,34 +75,31 @@ def test_ranks_know_their_place_arguments_environment_and_log(tmp_path: Path) ->
 def test_a_module_runs_too(tmp_path: Path) -> None:
     (tmp_path / "some_module.py").write_text("import sys\nprint(__name__, *sys.argv[1:])\n")
     place = environment(PYTHONPATH=os.pathsep.join([str(ROOT), str(tmp_path)]))
-    assert by_fork(["-m", "some_module", "a", "b"], 1, place, tmp_path / "log", 60, Event()) == 0
+    assert by_fork(Launch(["-m", "some_module", "a", "b"], 1, place, tmp_path / "log", 60)) == 0
     assert (tmp_path / "log").read_text() == "__main__ a b\n"
 
 
 @pytest.mark.parametrize(("ending", "status"), [("sys.exit(3)", 3), ("raise ValueError('wrong')", 1)])
 def test_the_first_rank_that_fails_ends_the_others(tmp_path: Path, ending: str, status: int) -> None:
     text = f"{SLEEP}if os.environ['RANK'] == '1':\n    {ending}\ntime.sleep(600)\n"
-    assert by_fork(program(tmp_path, text), 3, environment(), tmp_path / "log", 60, Event()) == status
+    assert by_fork(Launch(program(tmp_path, text), 3, environment(), tmp_path / "log", 60)) == status
     assert not any(map(is_alive, pids(tmp_path)))
     assert ("ValueError: wrong" in (tmp_path / "log").read_text()) == (status == 1)
 
 
 def test_ranks_end_when_time_is_up(tmp_path: Path) -> None:
-    assert (
-        by_fork(program(tmp_path, f"{SLEEP}time.sleep(600)\n"), 2, environment(), tmp_path / "log", 3, Event()) is None
-    )
+    words = program(tmp_path, f"{SLEEP}time.sleep(600)\n")
+    assert by_fork(Launch(words, 2, environment(), tmp_path / "log", 3)) is None
     assert not any(map(is_alive, pids(tmp_path)))
 
 
 @pytest.mark.parametrize("launch", [by_fork, by_torchrun])
 def test_ranks_end_when_the_command_is_interrupted(launch: Launcher, tmp_path: Path) -> None:
-    stopped = Event()
-    Timer(1.0, stopped.set).start()
+    words = program(tmp_path, "import time\ntime.sleep(600)\n")
+    given = Launch(words, 1, environment(), tmp_path / "log", 60)
+    Timer(1.0, given.stopped.set).start()
     began = time.monotonic()
-    assert (
-        launch(program(tmp_path, "import time\ntime.sleep(600)\n"), 1, environment(), tmp_path / "log", 60, stopped)
-        is None
-    )
+    assert launch(given) is None
     assert time.monotonic() - began < 30
 
 
@@ -110,10 +107,10 @@ def test_ranks_end_with_the_program_that_started_them(tmp_path: Path) -> None:
     words = program(tmp_path, f"{SLEEP}time.sleep(600)\n")
     caller = tmp_path / "caller.py"
     caller.write_text(
-        "import os\nfrom pathlib import Path\nfrom threading import Event\n"
-        "from s2train.scaling.launchers import by_fork\n"
+        "import os\nfrom pathlib import Path\n"
+        "from s2train.scaling.launchers import Launch, by_fork\n"
         "if __name__ == '__main__':\n"
-        f"    by_fork({words}, 2, dict(os.environ), Path({str(tmp_path / 'log')!r}), 60, Event())\n"
+        f"    by_fork(Launch({words}, 2, dict(os.environ), Path({str(tmp_path / 'log')!r}), 60))\n"
     )
     started = subprocess.Popen([sys.executable, str(caller)], env=environment())
     try:
@@ -132,5 +129,5 @@ def test_torchrun_keeps_the_users_log_folder(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "torch/distributed/run.py").write_text(show)
     monkeypatch.setenv("PET_LOG_DIR", "mine")
     place = environment(PYTHONPATH=str(tmp_path))
-    assert by_torchrun(["program.py"], 1, place, tmp_path / "log", 60, Event()) == 0
+    assert by_torchrun(Launch(["program.py"], 1, place, tmp_path / "log", 60)) == 0
     assert (tmp_path / "log").read_text() == "mine False\n"
