@@ -63,28 +63,25 @@ def long_steps(runner: Runner, request: Request, hardware: Hardware) -> Iterator
     if len(compared) == 2:
         problem = "without tensor parallelism, which loss=linear excludes, no two runs differ only in rounding"
         raise ConfigError("--gpus", cp, f"{problem} on CPUs", "Set --gpus 4, or leave the loss out")
-    layers = {length: _layers(request, length, cp, hardware) for length in lengths}
+    layers, plans = {}, {}
+    for length in lengths:
+        layers[length], plans["hybrid", length] = _most_layers(request, length, cp, hardware)
     if hardware.kind == "cuda" and hardware.rates is None:
         warn(f"rates of {hardware.name} are unknown: no step is predicted, so that --long-seconds limits none")
-    cases = [("hybrid", length) for length in lengths]
-    dense = [
-        length
-        for length in lengths
-        if _fits(_plan(request, "dense", length, cp, layers[length], hardware), request.step_s)
-    ]
-    cases += [("dense", dense[-1])] if dense else []
-    named = {f"long {model} {length}": (model, length) for model, length in cases}
-    plans = {
-        name: _plan(request, model, length, cp, layers[length], hardware) for name, (model, length) in named.items()
-    }
+    for length in reversed(lengths):
+        plan = _plan(request, "dense", length, cp, layers[length], hardware)
+        if _fits(plan, request.step_s):
+            plans["dense", length] = plan
+            break
+    named = {f"long {model} {length}": (model, length) for model, length in plans}
     jobs, planned = [], []
     for name, (model, length) in named.items():
-        steps = _WARM + 1 if (_predicted(plans[name]) or 0.0) > _LONG_S else _STEPS
-        planned.append((name, plans[name], steps))
+        plan = plans[model, length]
+        steps = _WARM + 1 if (_predicted(plan) or 0.0) > _LONG_S else _STEPS
+        planned.append((name, plan, steps))
         settings = _settings(request, model, length, cp, layers[length], steps)
         jobs.append(Job(name, cp, (*settings, "checkpoint.save=false")))
-    count = _layers(request, request.agreement, base, hardware)
-    slowest = _plan(request, "hybrid", request.agreement, base, count, hardware)
+    count, slowest = _most_layers(request, request.agreement, base, hardware)
     compared = _compared(runner, request, base, count)
     runner.check("long", [*jobs, *compared.values()])
     _check_limit([*planned, (f"agreement {request.agreement}", slowest, _STEPS)], runner.timeout_s)
@@ -99,7 +96,7 @@ def long_steps(runner: Runner, request: Request, hardware: Hardware) -> Iterator
         for name, outcome in runner.run_each(jobs):
             model, length = named[name]
             rows[name] = {"model": f"{request.size}_{model}", "seq_length": length, "cp": cp, "layers": layers[length]}
-            rows[name] |= _row(outcome, plans[name])
+            rows[name] |= _row(outcome, plans[model, length])
             yield {"agreement": agreement, "rows": rows}
 
     return results()
@@ -193,7 +190,7 @@ def _plan(request: Request, model: str, length: int, cp: int, layers: int, hardw
     except ConfigError as error:
         if error.setting != "train.seq_length":
             raise
-        option = "--long-lengths" if length in request.lengths else "--long-agreement"
+        option = _option(request, length)
         raise ConfigError(option, length, error.problem, error.remedy.replace(error.setting, option)) from error
 
 
@@ -206,19 +203,24 @@ def _predicted(plan: Plan) -> float | None:
     return None if plan.prediction is None else plan.prediction.time.total
 
 
-def _layers(request: Request, length: int, cp: int, hardware: Hardware) -> int:
-    """Return the number of layers of the hybrid at a length.
+def _option(request: Request, length: int) -> str:
+    """Return the option that a length is of."""
+    return "--long-lengths" if length in request.lengths else "--long-agreement"
+
+
+def _most_layers(request: Request, length: int, cp: int, hardware: Hardware) -> tuple[int, Plan]:
+    """Return the hybrid's number of layers at a length, and its plan.
 
     Raises:
         ConfigError: none fits, or those asked for don't.
     """
-    option = "--long-lengths" if length in request.lengths else "--long-agreement"
+    option = _option(request, length)
     if request.layers is not None:
         plan = _plan(request, "hybrid", length, cp, request.layers, hardware)
         if not plan.fits:
             remedy = f"Set fewer, or a smaller {option}"
             raise ConfigError("--long-layers", request.layers, f"at {length} tokens {_shortage(plan, 1.0)}", remedy)
-        return request.layers
+        return request.layers, plan
     most: int = compose_run([f"+model={request.size}_hybrid"]).model.num_layers
     for count in range(most, 0, -4):
         try:
@@ -228,7 +230,7 @@ def _layers(request: Request, length: int, cp: int, hardware: Hardware) -> int:
                 raise
             continue
         if _fits(plan, request.step_s):
-            return count
+            return count, plan
     layers = f"{plan.cfg.model.num_layers} layers on {cp} devices"  # the fewest
     if not plan.fits_with_room:
         problem, remedy = _shortage(plan, 0.9), _with_room(request, plan, length, cp, hardware)
