@@ -6,7 +6,6 @@ backward, one kernel adds the residual stream's gradient to the norm's.
 """
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from s2train.kernels.configs import multiprocessors
 from s2train.kernels.launch import Launcher
 from s2train.megatron.norm import RMSNorm
 
@@ -70,7 +70,7 @@ class _SumAndNorm(torch.autograd.Function):
         width = total.shape[-1]
         block, warps = calculate_settings(width)
         rows = total.numel() // width
-        programs = PROGRAMS * _processors(total.device)
+        programs = PROGRAMS * (multiprocessors(total.device) if total.is_cuda else 1)
         dx = torch.empty_like(total)
         dweights = weight.new_empty(programs, width, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         each = -(-rows // programs)
@@ -85,11 +85,6 @@ class _SumAndNorm(torch.autograd.Function):
             (*dtypes, rows, width, each, dweights is None), num_warps=warps, num_stages=_STAGES,
         )  # fmt: skip
         return dx, dx, None if dweights is None else dweights.sum(0).to(weight.dtype), None
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def sum_and_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
