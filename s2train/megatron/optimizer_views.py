@@ -31,7 +31,10 @@ def keep_views(optimizer: MegatronOptimizer) -> None:
                 part._copy_model_grads_to_main_grads = views.set_gradients
                 part._copy_main_params_to_model_params = views.copy_weights
         elif isinstance(part, Float16OptimizerWithFloat16Params):
-            part._copy_main_params_to_model_params = _CopyOfAll(part)
+            groups = zip(part.float16_groups, part.fp32_from_float16_groups, strict=True)
+            part._copy_main_params_to_model_params = _Copies(
+                [pair for group in groups for pair in zip(*group, strict=True)]
+            )
 
 
 def _can_keep_views(part: DistributedOptimizer) -> bool:
@@ -77,7 +80,7 @@ class _Views:
         ]
         self._buckets = list({id(shard.bucket): shard.bucket for shard in self._shards}.values())
         self._memory: list[Tensor] = []
-        self._copies: list[tuple[list[Tensor], list[Tensor]]] = []
+        self._copies = _Copies([])
 
     def drop_gradients(self, set_to_none: bool = True) -> None:
         """Replace `zero_grad`; the views stay."""
@@ -98,23 +101,30 @@ class _Views:
         memory = [bucket.param_data for bucket in self._buckets]
         if len(self._memory) != len(memory) or any(a is not b for a, b in zip(memory, self._memory, strict=True)):
             self._memory = memory
-            self._copies = _by_dtypes(
+            self._copies = _Copies(
                 [(shard.bucket.param_data.view(-1)[shard.place], shard.master) for shard in self._shards]
             )
-        for weights, masters in self._copies:
-            torch._foreach_copy_(weights, masters)
+        self._copies()
 
 
-class _CopyOfAll:
-    """Replaces `_copy_main_params_to_model_params` of an optimizer that isn't distributed."""
+class _Copies:
+    """Copies that are made together.
 
-    def __init__(self, optimizer: Float16OptimizerWithFloat16Params) -> None:
-        groups = zip(optimizer.float16_groups, optimizer.fp32_from_float16_groups, strict=True)
-        self._copies = _by_dtypes([pair for group in groups for pair in zip(*group, strict=True)])
+    torch copies lists in few kernels if all targets have one dtype, and all sources one.
+    """
+
+    def __init__(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        """Group pairs of target and source by their dtypes."""
+        groups: dict[tuple[torch.dtype, torch.dtype], tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
+        for target, source in pairs:
+            targets, sources = groups[target.dtype, source.dtype]
+            targets.append(target)
+            sources.append(source)
+        self._lists = list(groups.values())
 
     def __call__(self) -> None:
-        for weights, masters in self._copies:
-            torch._foreach_copy_(weights, masters)
+        for targets, sources in self._lists:
+            torch._foreach_copy_(targets, sources)
 
 
 def _shard(optimizer: DistributedOptimizer, parameter: torch.nn.Parameter, master: Tensor) -> _Shard:
@@ -122,16 +132,3 @@ def _shard(optimizer: DistributedOptimizer, parameter: torch.nn.Parameter, maste
     buffer, _, bucket = optimizer.model_param_gbuf_map[parameter]
     part, place = (slice(ranges[name].start, ranges[name].end) for name in ("param", "gbuf_world_in_bucket"))
     return _Shard(parameter, master, part, optimizer.buffers[buffer].buckets[bucket], place)
-
-
-def _by_dtypes(pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """Group pairs of target and source.
-
-    torch copies lists in few kernels if all targets have one dtype, and all sources one.
-    """
-    groups: dict[tuple[torch.dtype, torch.dtype], tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
-    for target, source in pairs:
-        targets, sources = groups[target.dtype, source.dtype]
-        targets.append(target)
-        sources.append(source)
-    return list(groups.values())
