@@ -15,11 +15,6 @@ def chunk_ids(rank: int, size: int) -> tuple[int, int]:
     return rank, 2 * size - 1 - rank
 
 
-def held_chunks(size: int) -> list[int]:
-    """Return the chunks that all ranks hold, in order of ranks."""
-    return [chunk for rank in range(size) for chunk in chunk_ids(rank, size)]
-
-
 def gather_sequence(local: Tensor, group: ProcessGroup) -> Tensor:
     """Gather all ranks' rows in the order of the sequence.
 
@@ -31,7 +26,7 @@ def gather_sequence(local: Tensor, group: ProcessGroup) -> Tensor:
     size = group.size()
     gathered = gather_from_sequence_parallel_region(local.contiguous(), group=group)
     chunks = gathered.chunk(2 * size)
-    held = held_chunks(size)
+    held = [chunk for rank in range(size) for chunk in chunk_ids(rank, size)]
     return torch.cat([chunks[held.index(chunk)] for chunk in range(2 * size)])
 
 
