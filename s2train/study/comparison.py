@@ -54,7 +54,10 @@ class Group:
     @property
     def timed(self) -> list[Result]:
         """Results of runs whose times are given: alone on `gpus` GPUs."""
-        return [result for result in self.results if not result.shared_gpu and result.gpus == self.gpus]
+        return [result for result in self.results if self._is_timed(result)]
+
+    def _is_timed(self, result: Result) -> bool:
+        return not result.shared_gpu and result.gpus == self.gpus
 
     @property
     def devices(self) -> set[str]:
@@ -99,7 +102,7 @@ class Group:
         if self.tokens_per_s is None:
             return []
         seconds = [seconds for _, seconds, _ in result.held_out]
-        if result in self.timed:
+        if self._is_timed(result):
             return seconds
         scale = result.summary.tokens_per_s / result.gpus / self.tokens_per_s
         return [scale * one for one in seconds]
@@ -194,8 +197,11 @@ def groups(results: Sequence[Result], speeds: Mapping[str, Mapping[str, Any]] | 
         speeds: measurements of first steps by `speed.key`.
     """
     by_key: dict[tuple[str, str], list[Result]] = defaultdict(list)
+    fewest: dict[str, int] = {}
     for result in results:
-        by_key[result.run.phase, result.run.variant].append(result)
+        phase = result.run.phase
+        by_key[phase, result.run.variant].append(result)
+        fewest[phase] = min(result.gpus, fewest.get(phase, result.gpus))
 
     def order(names: Sequence[str], name: str) -> tuple[int, str]:
         return (names.index(name) if name in names else len(names), name)
@@ -204,9 +210,8 @@ def groups(results: Sequence[Result], speeds: Mapping[str, Mapping[str, Any]] | 
     grouped: dict[str, list[Group]] = {}
     for phase, variant in keys:
         own = sorted(by_key[phase, variant], key=lambda result: result.run.seed)
-        gpus = min(result.gpus for (name, _), found in by_key.items() if name == phase for result in found)
-        measured = (speeds or {}).get(speed.key(own[0].run, gpus))
-        grouped.setdefault(phase, []).append(Group(variant, phase, tuple(own), gpus, measured))
+        measured = (speeds or {}).get(speed.key(own[0].run, fewest[phase]))
+        grouped.setdefault(phase, []).append(Group(variant, phase, tuple(own), fewest[phase], measured))
     return {
         phase: [replace(group, has_times=False) for group in own] if len(by_device(own)) > 1 else own
         for phase, own in grouped.items()
