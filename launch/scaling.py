@@ -31,7 +31,7 @@ from typing import Any
 import _surroundings  # noqa: F401 (prints why the rest can't start)
 
 from s2train.command_line.messages import warn
-from s2train.command_line.program import run_command, settings_before_options, tokens
+from s2train.command_line.program import option_name, run_command, settings_before_options, tokens
 from s2train.comparison.runs import environment
 from s2train.errors import ConfigError, TrainingError
 from s2train.files import check_writable, write_json
@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", help="of every training run, such as loss=liger")
     parser.add_argument("--gpus", type=int, default=2, help="2, 4 or 8; default: 2")
     for part in PARTS:
-        parser.add_argument(f"--{part.replace('_', '-')}", action="store_true")
+        parser.add_argument(option_name(part), action="store_true")
     parser.add_argument(
         "--parity-model", default="125m_hybrid", help="of --parity and --resume, of conf/model; default: 125m_hybrid"
     )

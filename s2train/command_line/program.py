@@ -140,6 +140,11 @@ def settings_before_options(arguments: Sequence[str]) -> list[str]:
     return [*others[:first], *settings, *others[first:]]
 
 
+def option_name(name: str) -> str:
+    """Return the option of a name in argparse's namespace."""
+    return f"--{name.replace('_', '-')}"
+
+
 def tokens(text: str) -> int:
     """Parse an option's number of tokens, such as 8192, 8k or 1m.
 

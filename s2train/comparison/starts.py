@@ -26,7 +26,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from s2train.command_line.program import run_command, settings_before_options
+from s2train.command_line.program import option_name, run_command, settings_before_options
 from s2train.comparison.import_times import file_seconds, import_times, table_of_imports
 from s2train.environment.provenance import environment
 from s2train.errors import ConfigError, TrainingError
@@ -174,7 +174,7 @@ def measure_and_show(given: argparse.Namespace) -> None:
     """Measure, print the table, and write the requested file."""
     for name in ("starts", "cold", "nproc_per_node"):
         if getattr(given, name) < 0:
-            raise ConfigError(f"--{name.replace('_', '-')}", getattr(given, name), "is negative", "Set 0 or more")
+            raise ConfigError(option_name(name), getattr(given, name), "is negative", "Set 0 or more")
     if given.together < 1 or given.starts + given.cold < 1:
         raise ConfigError(
             "--starts", given.starts, "nothing would be started", "Set --starts or --cold, and --together"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from s2train.command_line.messages import warn
+from s2train.command_line.program import option_name
 from s2train.errors import ConfigError, as_typed
 from s2train.files import output_stem, write_json
 
@@ -119,7 +120,7 @@ def measured_with(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> dict[st
 def _difference(name: str, earlier: Any, now: Any) -> Iterator[str]:
     """Say how an earlier option differs, as on the command line."""
     if name != "settings":
-        option = f"--{name.replace('_', '-')}"
+        option = option_name(name)
         yield f"no {option}" if earlier is None else f"{option}={as_typed(earlier)}"
     elif sorted(earlier) == sorted(now):
         yield f"settings in another order: {' '.join(earlier)}"

@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 
 from s2train.command_line.composition import CONF, config_groups
+from s2train.command_line.program import option_name
 from s2train.environment.hardware import Hardware, detect
 from s2train.errors import ConfigError
 from s2train.scaling.cases import SIZES
@@ -37,7 +38,7 @@ def without_effect(given: argparse.Namespace, defaults: argparse.Namespace) -> s
     """Say which options no chosen part reads; None if all are read."""
     parts = chosen_parts(given)
     unread = {
-        _option(name): " or ".join(map(_option, readers))
+        option_name(name): " or ".join(map(option_name, readers))
         for name, readers in _READ_BY.items()
         if getattr(given, name) != getattr(defaults, name) and not set(readers) & set(parts)
     }
@@ -67,7 +68,7 @@ def check_options(given: argparse.Namespace) -> None:
         value = getattr(given, name)
         for number in value if isinstance(value, list) else [] if value is None else [value]:
             if not 0 < number < math.inf:
-                raise ConfigError(_option(name), number, "is no positive number", "Set one")
+                raise ConfigError(option_name(name), number, "is no positive number", "Set one")
     if given.timeout > _MOST_SECONDS:
         raise ConfigError("--timeout", given.timeout, "is too large", f"Set at most {_MOST_SECONDS}")
     if given.sequences % given.micro_batch:
@@ -97,7 +98,3 @@ def devices(gpus: int) -> Hardware:
     except ConfigError as error:
         remedy = "Set --gpus to their number, or let CUDA_VISIBLE_DEVICES name more"
         raise ConfigError("--gpus", gpus, error.problem.partition(",")[0], remedy) from error
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
