@@ -76,6 +76,7 @@ def speed(runner: Runner, request: Request) -> Iterator[dict[str, Any]]:
     named = {job.name: (model, division, job) for model in models for division, job in _jobs(runner, model, request)}
     jobs = [job for _, _, job in named.values()]
     runner.check("scaling", jobs)
+    shape = {"seq_length": request.seq_length, "sequences": request.sequences, "micro_batch": request.micro_batch}
 
     def results() -> Iterator[dict[str, Any]]:
         outcomes: dict[str, Outcome] = {}
@@ -86,7 +87,6 @@ def speed(runner: Runner, request: Request) -> Iterator[dict[str, Any]]:
                 if known in outcomes:
                     alone = rows[model].get(ALONE, {}).get("tokens_per_s")
                     rows[model][division] = summary(outcomes[known], job.processes, alone) | {"goal": _goal(division)}
-            shape = {name: getattr(request, name) for name in ("seq_length", "sequences", "micro_batch")}
             yield {**shape, "models": rows}
 
     return results()
