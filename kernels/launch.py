@@ -54,18 +54,16 @@ class Launcher:
         self.kernel = kernel
         self._compiled: dict[Any, Any] = {}
 
-    def __call__(
-        self, grid: tuple[int, int, int], arguments: tuple[Any, ...], key: tuple[Any, ...], **options: int
-    ) -> None:
+    def __call__(self, grid: tuple[int, int, int], arguments: tuple[Any, ...], **options: int) -> None:
         """Launch `kernel[grid](*arguments, **options)` on the tensors' device.
 
-        Triton inspects arguments only if their key, device, options or alignment are new.
+        Triton inspects them only if a tensor's dtype or alignment, the device, an option or another argument is new.
 
         Args:
-            arguments: all that the kernel takes, constants too, in its order; the first is a tensor.
-            key: as `launch` takes it, but for the alignment of pointers.
+            arguments: all that the kernel takes, constants too, in its order; the first is a tensor. A number that is
+                new in every call would be inspected, and kept, each time. Its type is the same in all calls.
         """
         device = arguments[0].device
-        aligned = tuple(x.data_ptr() % 16 == 0 for x in arguments if isinstance(x, Tensor))
-        key = (device, aligned, *key, *options.values())
+        looks = ((x.dtype, x.data_ptr() % 16 == 0) if isinstance(x, Tensor) else x for x in arguments)
+        key = (device, *looks, *options.values())
         launch(self.kernel, grid, arguments, cache=self._compiled, key=key, device=device, **options)

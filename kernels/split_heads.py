@@ -88,7 +88,6 @@ def _launch(packed: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: T
             packed, q, k, v, cos, sin, tokens, batch, *strides,
             groups, per_group, dim, half, block, half_columns, columns, backward,
         ),
-        (packed.dtype, cos.dtype, tokens, batch, strides, groups, per_group, dim, half, backward),
     )  # fmt: skip
 
 

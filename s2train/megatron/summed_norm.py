@@ -56,7 +56,7 @@ class _SumAndNorm(torch.autograd.Function):
                 normed, width, total, width, x, width, residual, width, weight, 1, rstd, 1,
                 width, eps, 0.0, _CASTING, block,
             ),
-            (x.dtype, residual.dtype, weight.dtype, width), num_warps=warps, num_stages=_STAGES,
+            num_warps=warps, num_stages=_STAGES,
         )  # fmt: skip
         ctx.save_for_backward(total, weight, rstd)
         return normed, total
@@ -74,7 +74,6 @@ class _SumAndNorm(torch.autograd.Function):
         dx = torch.empty_like(total)
         dweights = weight.new_empty(programs, width, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         each = -(-rows // programs)
-        dtypes = (dnormed.dtype, None if dtotal is None else dtotal.dtype, total.dtype, weight.dtype)
         _launch_backward(
             (programs, 1, 1),
             (
@@ -82,7 +81,7 @@ class _SumAndNorm(torch.autograd.Function):
                 total, width, torch_to_triton_dtype[total.dtype], weight, 1, rstd, 1, dweights, width,
                 rows, width, 0.0, each, _CASTING, block, dtotal is not None, dweights is not None,
             ),
-            (*dtypes, rows, width, each, dweights is None), num_warps=warps, num_stages=_STAGES,
+            num_warps=warps, num_stages=_STAGES,
         )  # fmt: skip
         return dx, dx, None if dweights is None else dweights.sum(0).to(weight.dtype), None
 

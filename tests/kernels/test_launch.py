@@ -77,13 +77,15 @@ def test_a_kernel_is_compiled_once_a_key_and_launched_each_time() -> None:
     assert len(second.runs) == 1
 
 
-def test_a_launcher_compiles_for_each_key_alignment_and_option() -> None:
+def test_a_launcher_compiles_for_each_dtype_alignment_number_and_option() -> None:
     kernel, memory = Kernel(), torch.zeros(64)
     launcher = Launcher(kernel)
-    even, odd = memory[4:], memory[1:]
-    for tensor, key, warps in ((even, "a", 4), (memory, "a", 4), (odd, "a", 4), (even, "b", 4), (even, "a", 8)):
-        launcher((7, 1, 1), (tensor, 1), (key,), num_warps=warps)
-    assert [len(compiled.runs) for compiled in kernel.compiled] == [2, 1, 1, 1]
+    even, odd, integers = memory[4:], memory[1:], memory.view(torch.int32)
+    for tensor, number, warps in (
+        (even, 1, 4), (memory, 1, 4), (odd, 1, 4), (integers, 1, 4), (even, 2, 4), (even, 1, 8)
+    ):  # fmt: skip
+        launcher((7, 1, 1), (tensor, number), num_warps=warps)
+    assert [len(compiled.runs) for compiled in kernel.compiled] == [2, 1, 1, 1, 1]
     given = kernel.compiled[0].runs[1]
     assert given[-2] is memory
 
