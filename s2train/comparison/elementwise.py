@@ -20,7 +20,7 @@ from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
 from s2train.kernels.benchmarks.timing import Clock, time_passes
-from s2train.megatron.fused import linear_loss, swiglu, vocab_parallel_loss
+from s2train.megatron.fused import linear_loss, swiglu, swiglu_launched_by_liger, vocab_parallel_loss
 from s2train.megatron.in_place_loss import loss_in_place
 from s2train.megatron.rotation import Rotation
 from s2train.megatron.summed_norm import sum_and_norm
@@ -106,7 +106,11 @@ def operations(hidden: int, ffn: int, vocabulary: int, heads: int, kv_heads: int
         "swiglu",
         lambda n, t: [_random(n, 1, 2 * ffn, dtype=t)],
         _swiglu,
-        {"megatron": lambda x: bias_swiglu_impl(x, None), "liger": swiglu},
+        {
+            "megatron": lambda x: bias_swiglu_impl(x, None),
+            "liger": swiglu,
+            "liger's own launch": swiglu_launched_by_liger,
+        },
     )
     yield Operation(
         "loss liger",

@@ -20,7 +20,7 @@ SWIGLU, ROTATION, SPLIT, SUMS = "swiglu", "rotation", "split", "sums"
 OPERATIONS = (SWIGLU, ROTATION, SPLIT, SUMS)
 _LOSSES = ("in_place", "liger")  # values of the setting `loss` that `auto` takes, the fastest first
 WITHOUT_TP = ("in_place", "linear")  # values that need the output layer whole
-RELEASE = "0.8.5"  # whose kernels s2train launches itself: residual sums, the loss in place
+RELEASE = "0.8.5"  # whose kernels s2train launches itself: SwiGLU, residual sums, the loss in place
 
 
 @cache
@@ -78,6 +78,8 @@ def kernels_line(cfg: PretrainConfig, capability: tuple[int, int] | None, te: bo
         return ""
     chosen, loss = liger_operations(cfg, capability, te), choose_loss(cfg, capability, te)
     used = {name: "liger" if name in chosen else "torch" for name in OPERATIONS if not te or name == SWIGLU}
+    if SWIGLU in chosen and installed_version(PACKAGE) != RELEASE:
+        used[SWIGLU] = "liger's own launch"
     if SPLIT in chosen:
         used[SPLIT] = used[ROTATION] = "s2train"
     used["loss"] = loss

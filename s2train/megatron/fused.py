@@ -3,6 +3,8 @@
 Parameters and their names stay Megatron's.
 """
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +18,9 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
+from s2train.environment.liger import PACKAGE, RELEASE
+from s2train.kernels.versions import installed_version
+
 IGNORED = -100  # not a label of any token: positions without loss are masked afterwards
 
 
@@ -25,6 +30,20 @@ def swiglu(gate_up: Tensor) -> Tensor:
     Halves are of the last dimension: [s, b, 2 f] to [s, b, f]. The backward overwrites `gate_up` with the gradient,
     which is safe: a linear layer's backward reads its input, not its output.
     """
+    return _swiglu_of(installed_version(PACKAGE))(gate_up)
+
+
+@cache
+def _swiglu_of(release: str | None) -> Callable[[Tensor], Tensor]:
+    if release != RELEASE:
+        return swiglu_launched_by_liger
+    from s2train.megatron.swiglu_in_place import swiglu_in_place  # needs one release of Liger-Kernel
+
+    return swiglu_in_place
+
+
+def swiglu_launched_by_liger(gate_up: Tensor) -> Tensor:
+    """Compute `swiglu` in any release of Liger-Kernel, at more host cost."""
     width = gate_up.shape[-1]
     out: Tensor = LigerFusedGateUpSiLUMulFunction.apply(gate_up.view(-1, width), True)
     return out.view(*gate_up.shape[:-1], width // 2)

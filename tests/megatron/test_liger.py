@@ -45,15 +45,53 @@ def assert_alike(found: list[Tensor], expected: list[Tensor]) -> None:
 
 
 @needs_liger
-def test_swiglu_is_torchs() -> None:
+@pytest.mark.parametrize(
+    "x", [torch.randn(5, 2, 48), torch.randn(2, 5, 48).transpose(0, 1)], ids=["contiguous", "strided"]
+)
+def test_swiglu_is_torchs(x: Tensor) -> None:
     from s2train.megatron.fused import swiglu
 
     def plain(x: Tensor) -> Tensor:
         gate, up = x.chunk(2, -1)
         return F.silu(gate) * up
 
-    x = torch.randn(5, 2, 2 * 24)
     assert_alike(results(swiglu, x), results(plain, x))
+
+
+@needs_liger
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_swiglu_is_ligers_bit_for_bit(dtype: torch.dtype) -> None:
+    from s2train.megatron.fused import swiglu, swiglu_launched_by_liger
+
+    x = torch.randn(5, 2, 48, dtype=dtype)
+    for ours, theirs in zip(results(swiglu, x), results(swiglu_launched_by_liger, x), strict=True):
+        assert ours.equal(theirs)
+
+
+@needs_liger
+def test_swiglu_becomes_its_gradient_once() -> None:
+    from s2train.megatron.fused import swiglu
+
+    x = torch.randn(5, 2, 48, requires_grad=True)
+    out = swiglu(x)
+    (gradient,) = torch.autograd.grad(out.sum(), x, retain_graph=True)
+    assert gradient.data_ptr() == x.data_ptr()
+    assert not gradient.requires_grad
+    with pytest.raises(RuntimeError, match="run once"):
+        out.sum().backward()
+
+
+@needs_liger
+def test_another_release_launches_its_own_swiglu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from s2train.megatron import fused
+
+    x = torch.randn(5, 2, 48)
+    expected = results(fused.swiglu, x)
+    monkeypatch.setattr(fused, "installed_version", lambda _: "9.9")
+    assert all(found.equal(one) for found, one in zip(results(fused.swiglu, x), expected, strict=True))
+    view = fused.swiglu(x.requires_grad_()).grad_fn
+    assert view is not None
+    assert "Liger" in view.next_functions[0][0].name()
 
 
 def plain_sum_and_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,7 +289,9 @@ def test_the_log_says_what_runs_and_why_not_liger(installed: pytest.MonkeyPatch)
     installed.setattr(liger, "installed_version", lambda _: None)
     assert line() == "swiglu torch, rotation torch, split torch, sums torch, loss torch (liger-kernel is not installed)"
     installed.setattr(liger, "installed_version", lambda _: "9.9")
-    assert "sums torch, loss liger (sums are those of liger-kernel" in line(elementwise="liger", loss="liger")
+    other = line(elementwise="liger", loss="liger")
+    assert "swiglu liger's own launch, " in other
+    assert "sums torch, loss liger (sums are those of liger-kernel" in other
     parts = line().split("; ")
     assert "liger-kernel 9.9 was not checked for swiglu bf16 on compute capability 9.0" in parts[0]
     assert all(first != second for first, second in pairwise(parts))
