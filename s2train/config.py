@@ -192,9 +192,9 @@ class ParallelConfig:
     # links), gather (all), auto (blocks, or gather in layers whose blocks are over 28 % of all)
     cp_exchange: str = "blocks"
     sequence_parallel: bool = False  # tensor parallel ranks also split what is between their products; needs tp > 1
-    # with sequence_parallel and layer_backend=local: chunks of the sequence in which products communicate, each while
-    # another is multiplied; 1: all at once; divides train.seq_length / (cp × tp), and has no effect with tp=1
-    tp_comm_chunks: int = 1
+    # with sequence_parallel and layer_backend=local: multiply rows of one rank while those of others are exchanged, by
+    # the GPUs' copy engines; needs NVLink between tensor parallel ranks, and has no effect with tp=1
+    tp_comm_overlap: bool = False
     distributed_optimizer: bool = True  # data and context parallel ranks share the optimizer's state
     overlap_grad_reduce: bool = True  # needs dp > 1
     overlap_param_gather: bool = True  # needs the distributed optimizer as well

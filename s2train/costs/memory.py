@@ -165,7 +165,16 @@ def _overhead(cfg: PretrainConfig, world_size: int) -> int:
     parallel = cfg.parallel
     # World, tensor and data parallel, gradient norm; pipeline and its embeddings; context parallel.
     groups = 4 + 2 * (parallel.pp > 1) + (parallel.cp > 1)
-    return int((0.75 + groups * (0.45 if world_size == 1 else 0.7)) * GIB)
+    return int((0.75 + groups * (0.45 if world_size == 1 else 0.7)) * GIB) + _peer_memory(cfg)
+
+
+def _peer_memory(cfg: PretrainConfig) -> int:
+    """Return bytes that tensor parallel ranks address: two slots of rows."""
+    model, train, parallel = cfg.model, cfg.train, cfg.parallel
+    if parallel.tp == 1 or not parallel.tp_comm_overlap:
+        return 0
+    width = 2 if train.precision == "bf16" else 4
+    return 2 * train.seq_length // parallel.cp * train.micro_batch_size * model.hidden_size * width
 
 
 def stage_activations(

@@ -448,8 +448,8 @@ def _caveats(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> list[s
         found.append("no parallel.tp above 4 was measured")
     if cfg.parallel.cp > 4:
         found.append("no parallel.cp above 4 was measured")
-    if cfg.parallel.tp > 1 and cfg.parallel.tp_comm_chunks > 1:
-        found.append("what parallel.tp_comm_chunks hides was not measured, and is not counted")
+    if cfg.parallel.tp > 1 and cfg.parallel.tp_comm_overlap:
+        found.append("what parallel.tp_comm_overlap hides is not counted")
     if cfg.parallel.pp > 1:
         found.append("no pipeline was measured")
     if world_size > GPUS_PER_MACHINE:

@@ -1,6 +1,6 @@
 """Makes communication on GPUs start in the order of calls.
 
-Megatron, and `parallel.tp_comm_chunks`, call communication first and then the products that hide it. With several
+Megatron calls communication first and then the products that hide it. With several
 hardware queues the products can start first and take all multiprocessors; communication then waits for their end.
 """
 

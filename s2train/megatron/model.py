@@ -24,6 +24,7 @@ from s2train.megatron.initial_weights import draw_initial_weights
 from s2train.megatron.layer_backends import Backend, choose_backend, own_capability
 from s2train.megatron.layout_cache import LayoutCache
 from s2train.megatron.overlapped_linear import overlap_communication
+from s2train.megatron.peer_exchange import tensor_parallel_exchange
 from s2train.megatron.rope_scaling import scale_rotation, set_temperature
 from s2train.megatron.specs import block_spec
 
@@ -118,6 +119,7 @@ def build_model(
     exchanges = [
         exchange_mode(layer, hybrid.num_query_groups, cfg.train.seq_length, cfg.parallel) for layer in hybrid.layers
     ]
+    exchange = tensor_parallel_exchange(cfg, device)
     built: list[GPTModel] = []
     stages: list[int | None] = [None] if cfg.parallel.vpp is None else list(range(cfg.parallel.vpp))
     for stage in stages:
@@ -147,8 +149,8 @@ def build_model(
             from s2train.megatron.summed_norm import fuse_sums  # not importable where Liger-Kernel is not installed
 
             fuse_sums(chunk.decoder)
-        if cfg.parallel.sequence_parallel and cfg.parallel.tp_comm_chunks > 1:
-            overlap_communication(chunk, cfg.parallel.tp_comm_chunks)
+        if exchange is not None:
+            overlap_communication(chunk, exchange)
         built.append(chunk.to(device))
     if config.perform_initialization:
         draw_initial_weights(cfg.model, config, cfg.seed, built, device)

@@ -60,8 +60,8 @@ def format_plan(plan: Plan) -> str:
     if not plan.sparse_letters:
         rows = [row for row in rows if row[0] not in ("sparse", "density")]
     sequence = ", sequence parallel" if parallel.sequence_parallel else ""
-    if sequence and parallel.tp_comm_chunks > 1:
-        sequence += f" in {parallel.tp_comm_chunks} chunks"
+    if sequence and parallel.tp_comm_overlap:
+        sequence += " with overlap"
     virtual = f", vpp {parallel.vpp}" if parallel.vpp else ""
     title = (
         f"{cfg.model.name} on {plan.world_size} process{'' if plan.world_size == 1 else 'es'}: "

@@ -22,7 +22,7 @@ COMMUNICATION, HIDDEN, DATA, HOST = "communication", "communication beside compu
 OPTIMIZER = "optimizer"
 
 _GEMM = re.compile(r"gemm|nvjet|cutlass|cublas|xmma|splitk", re.IGNORECASE)
-_COMMUNICATION = re.compile(r"nccl|^c10d::|^gloo:", re.IGNORECASE)
+_COMMUNICATION = re.compile(r"nccl|^c10d::|^gloo:|PtoP", re.IGNORECASE)  # PtoP: copies between GPUs
 _PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::matmul", "aten::linear"}
 _KERNELS = {"kernel", "gpu_memcpy", "gpu_memset"}
 _MOST_CAUSES = 6  # of idle time, in the table

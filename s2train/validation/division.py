@@ -185,18 +185,10 @@ def _check_sequence(cfg: PretrainConfig) -> None:
             f"parallel.cp={parallel.cp} and sequence parallel over parallel.tp={parallel.tp} don't divide it",
             multiple_of("train.seq_length", length, unit),
         )
-    _check_chunks(cfg)
-
-
-def _check_chunks(cfg: PretrainConfig) -> None:
-    parallel, name = cfg.parallel, "parallel.tp_comm_chunks"
-    chunks = parallel.tp_comm_chunks
-    if parallel.tp == 1 or chunks == 1:
-        return
-    if not parallel.sequence_parallel:
-        problem = "only communication of sequence parallel ranks is done in chunks"
-        raise ConfigError(name, chunks, problem, f"Set parallel.sequence_parallel=true, or {name}=1.")
-    _divides(name, chunks, "train.seq_length / (cp × tp)", cfg.train.seq_length // (parallel.cp * parallel.tp))
+    if parallel.tp > 1 and parallel.tp_comm_overlap and not parallel.sequence_parallel:
+        problem = "only communication of sequence parallel ranks overlaps"
+        remedy = "Set parallel.sequence_parallel=true, or parallel.tp_comm_overlap=false"
+        raise ConfigError("parallel.tp_comm_overlap", True, problem, remedy)
 
 
 def _check_world(cfg: PretrainConfig, world_size: int) -> None:

@@ -17,9 +17,9 @@ def check_te(cfg: PretrainConfig, hardware: Hardware) -> None:
 
     Raises:
         ConfigError: transformer-engine is required, explicitly or by `fp8`, and is missing or broken; the GPU has no
-            FP8; FP8 GEMMs don't support a dimension; or it doesn't support `parallel.tp_comm_chunks`.
+            FP8; FP8 GEMMs don't support a dimension; or it doesn't support `parallel.tp_comm_overlap`.
     """
-    _check_chunks(cfg, hardware)
+    _check_overlap(cfg, hardware)
     wants_fp8 = cfg.fp8 != "none"
     if wants_fp8:
         check_fp8_settings(cfg)
@@ -44,7 +44,7 @@ def check_target(cfg: PretrainConfig, hardware: Hardware) -> None:
     Raises:
         ConfigError: settings that transformer-engine or FP8 doesn't support, or a GPU without FP8.
     """
-    _check_chunks(cfg, hardware)
+    _check_overlap(cfg, hardware)
     if cfg.fp8 != "none":
         check_fp8_settings(cfg)
         _check_capability(cfg, hardware)
@@ -77,11 +77,11 @@ def check_fp8_settings(cfg: PretrainConfig) -> None:
             raise ConfigError("fp8", cfg.fp8, problem, f"Change {setting}, or set fp8=none")
 
 
-def _check_chunks(cfg: PretrainConfig, hardware: Hardware) -> None:
-    name, chunks = "parallel.tp_comm_chunks", cfg.parallel.tp_comm_chunks
-    if cfg.parallel.tp > 1 and chunks > 1 and uses_te(cfg, hardware):
+def _check_overlap(cfg: PretrainConfig, hardware: Hardware) -> None:
+    name = "parallel.tp_comm_overlap"
+    if cfg.parallel.tp > 1 and cfg.parallel.tp_comm_overlap and uses_te(cfg, hardware):
         problem = "transformer-engine's layers don't take it: they have another overlap, which s2train doesn't turn on"
-        raise ConfigError(name, chunks, problem, f"Set layer_backend=local fp8=none, or {name}=1")
+        raise ConfigError(name, True, problem, f"Set layer_backend=local fp8=none, or {name}=false")
 
 
 def _check_capability(cfg: PretrainConfig, hardware: Hardware) -> None:

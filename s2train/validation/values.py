@@ -48,7 +48,7 @@ _POSITIVE: dict[str, tuple[str, ...]] = {
     "layout": ("block_size",),
     "data": ("num_samples", "warn_epochs"),
     "optim": ("lr", "eps", "decay_steps", "wsd_decay_steps"),
-    "parallel": ("tp", "pp", "vpp", "cp", "tp_comm_chunks"),
+    "parallel": ("tp", "pp", "vpp", "cp"),
     "train": (
         "steps",
         "seq_length",

@@ -274,10 +274,10 @@ def test_divisions_that_nobody_measured_are_estimates() -> None:
     assert "parallel.tp above 4" in predicted(*SEVEN, processes=8).caveats[0]
     pipeline = predicted("+model=1b_hybrid", "parallel.pp=2", processes=2)
     assert "pipeline" in pipeline.caveats[0]
-    chunks = ("+model=1b_hybrid", "parallel.tp_comm_chunks=4")
-    assert not predicted(*chunks).caveats  # one rank communicates nothing
-    of_two = predicted(*chunks, "parallel.tp=2", "parallel.sequence_parallel=true", processes=2)
-    assert "tp_comm_chunks" in of_two.caveats[0]
+    overlap = ("+model=1b_hybrid", "parallel.tp_comm_overlap=true")
+    assert not predicted(*overlap).caveats  # one rank communicates nothing
+    of_two = predicted(*overlap, "parallel.tp=2", "parallel.sequence_parallel=true", processes=2)
+    assert "tp_comm_overlap" in of_two.caveats[0]
     assert any("machines of 8" in caveat for caveat in predicted(*SEVEN, processes=16).caveats)
 
 

@@ -1,16 +1,11 @@
-"""Compares linear layers that communicate in chunks with Megatron's; prints errors and the order of calls as JSON.
+"""Compares linear layers that communicate while they compute with Megatron's; prints errors as JSON.
 
 In separate processes, on CPUs or GPUs.
 """
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
-from typing import Any
-from unittest import mock
 
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, checkpoint
@@ -22,16 +17,12 @@ from s2train.megatron.gradient_sums import replace_apex
 from s2train.megatron.layer_backends import choose_backend
 from s2train.megatron.model import build_model, transformer_config, unwrap
 from s2train.megatron.overlapped_linear import overlap_communication
+from s2train.megatron.peer_exchange import Exchange, tensor_parallel_exchange
 from s2train.megatron.setup import initialize, shutdown
 from tests.inference.cached_models import BLOCK, VOCABULARY, hybrid_of
 
 HIDDEN, INNER, POSITIONS, BATCH = 24, 40, 32, 3  # of all ranks
-CALLS = {
-    "gather": (torch.distributed, "all_gather_into_tensor"),
-    "scatter": (torch.distributed, "reduce_scatter_tensor"),
-    "multiply": (torch, "bmm"),
-    "sum": ("s2train.megatron.overlapped_linear", "add_weight_gradient"),
-}
+CASES = [(False, False), (True, False), (True, True)]  # weight gradients summed in buffers, recomputed
 
 
 class Pair(nn.Module):
@@ -74,66 +65,32 @@ def results(pair: Pair, x: Tensor, dout: Tensor, recompute: bool) -> dict[str, T
     return {name: value for name, value in found.items() if value is not None}
 
 
-@contextmanager
-def recorded() -> Iterator[list[str]]:
-    """A list that gets names of calls, without those of Megatron."""
-    calls: list[str] = []
-
-    def recorder(name: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        calls.append(name)
-        return function(*args, **options)
-
-    patches = []
-    for name, (where, attribute) in CALLS.items():
-        module = sys.modules[where] if isinstance(where, str) else where
-        patches.append(mock.patch.object(module, attribute, partial(recorder, name, getattr(module, attribute))))
-    for patch in patches:
-        patch.start()
-    try:
-        yield calls
-    finally:
-        for patch in patches:
-            patch.stop()
-
-
-def errors(ranks: int, chunks: int, fused: bool, recompute: bool) -> dict[str, float]:
+def errors(ranks: int, exchange: Exchange, fused: bool, recompute: bool) -> dict[str, float]:
     """Of each result: the largest relative difference of all ranks."""
-    plain, chunked = Pair(ranks, fused), Pair(ranks, fused)
-    chunked.load_state_dict(plain.state_dict())
-    overlap_communication(chunked, chunks)
+    plain, overlapped = Pair(ranks, fused), Pair(ranks, fused)
+    overlapped.load_state_dict(plain.state_dict())
+    overlap_communication(overlapped, exchange)
     inputs = torch.randn(2, POSITIONS // ranks, BATCH, HIDDEN, device="cuda")
-    expected, found = (results(pair, *inputs, recompute) for pair in (plain, chunked))
+    expected, found = (results(pair, *inputs, recompute) for pair in (plain, overlapped))
     assert expected.keys() == found.keys()
     differences = torch.stack([(found[name] - value).norm() / value.norm() for name, value in expected.items()])
     torch.distributed.all_reduce(differences, op=torch.distributed.ReduceOp.MAX)
     return dict(zip(expected, differences.tolist(), strict=True))
 
 
-def order_of_calls(ranks: int, chunks: int) -> list[str]:
-    pair = Pair(ranks, fused=True)
-    overlap_communication(pair, chunks)
-    x = torch.randn(POSITIONS // ranks, BATCH, HIDDEN, device="cuda")
-    column = partial(pair.column, x)
-    row = partial(pair.row, torch.randn(POSITIONS, BATCH, INNER // ranks, device="cuda"))
-    found = []
-    for layer in (column, row):
-        with recorded() as calls:
-            out, _ = layer()
-        found.append(" ".join(calls))
-    with recorded() as calls:
-        out.sum().backward()
-    return [*found, " ".join(calls)]
+def small(ranks: int, overlap: bool) -> PretrainConfig:
+    model = ModelConfig("test", 1, 64, 96, 4, 2, 16, VOCABULARY)
+    parallel = ParallelConfig(tp=ranks, sequence_parallel=True, tp_comm_overlap=overlap)
+    train = TrainConfig(steps=1, seq_length=8 * BLOCK, global_batch_size=1, precision="fp32")
+    return PretrainConfig(model=model, parallel=parallel, train=train)
 
 
-def communicating_in_chunks(ranks: int, chunks: int, device: torch.device) -> list[str]:
+def overlapping(ranks: int, overlap: bool, device: torch.device) -> list[str]:
     """Names of a run's linear layers that do."""
     layout = replace(hybrid_of("hybrid"), layers=hybrid_of("hybrid").layers[:1])
-    model = ModelConfig("test", 1, 64, 96, 4, 2, 16, VOCABULARY)
-    parallel = ParallelConfig(tp=ranks, sequence_parallel=True, tp_comm_chunks=chunks)
-    train = TrainConfig(steps=1, seq_length=8 * BLOCK, global_batch_size=1, precision="fp32")
-    cfg = PretrainConfig(model=model, parallel=parallel, train=train)
+    cfg = small(ranks, overlap)
     (chunk,) = build_model(cfg, transformer_config(cfg), layout, choose_backend("local"), device)
-    return [name for name, module in unwrap(chunk).named_modules() if hasattr(module, "chunks")]
+    return [name for name, module in unwrap(chunk).named_modules() if hasattr(module, "exchange")]
 
 
 def main() -> None:
@@ -142,15 +99,11 @@ def main() -> None:
     device = initialize(ParallelConfig(tp=ranks), seed)
     replace_apex()
     torch.manual_seed(seed + torch.distributed.get_rank())  # every rank has other inputs and weights
-    cases = [
-        (chunks, fused, recompute)
-        for chunks in (1, 2, 4)
-        for fused, recompute in ((False, False), (True, False), (True, True))
-    ]
+    exchange = tensor_parallel_exchange(small(ranks, overlap=True), device)
+    assert exchange is not None
     found = {
-        "errors": {str(case): errors(ranks, *case) for case in cases},
-        "order": order_of_calls(ranks, 4),
-        "layers": [communicating_in_chunks(ranks, chunks, device) for chunks in (1, 2)],
+        "errors": {str(case): errors(ranks, exchange, *case) for case in CASES},
+        "layers": [overlapping(ranks, overlap, device) for overlap in (False, True)],
     }
     if torch.distributed.get_rank() == 0:
         print(json.dumps(found))

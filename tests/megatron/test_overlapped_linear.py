@@ -1,4 +1,4 @@
-"""Linear layers that communicate by chunks of the sequence compute what Megatron's do."""
+"""Linear layers that communicate while they compute give what Megatron's do."""
 
 import json
 import random
@@ -22,17 +22,10 @@ def found() -> dict[str, Any]:
 
 def test_outputs_and_gradients_are_megatrons(found: dict[str, Any]) -> None:
     """In fp32, with weight gradients summed by torch or in buffers, recomputed, and without gradients."""
-    assert len(found["errors"]) == 9
+    assert len(found["errors"]) == 3
     for case, errors in found["errors"].items():
         assert len(errors) == 5, case
         assert max(errors.values()) < 1e-6, (case, errors)
-
-
-def test_each_chunk_is_communicated_while_another_is_multiplied(found: dict[str, Any]) -> None:
-    column, row, row_backward = found["order"]
-    assert column == "gather " + 3 * "gather multiply " + "multiply"
-    assert row == " ".join(4 * ["multiply scatter"])
-    assert row_backward == "gather " + 3 * "gather multiply sum " + "multiply sum"
 
 
 def test_all_linear_layers_of_a_run_do(found: dict[str, Any]) -> None:

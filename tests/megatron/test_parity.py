@@ -15,7 +15,7 @@ TOLERANCE = 1e-5
 
 pytestmark = [pytest.mark.slow]
 
-CHUNKS = ["parallel.tp=2", "parallel.sequence_parallel=true", "parallel.tp_comm_chunks=4"]
+OVERLAP = ["parallel.tp=2", "parallel.sequence_parallel=true", "parallel.tp_comm_overlap=true"]
 VARIANTS = {
     "tp2": (2, ["parallel.tp=2"]),
     "tp2 with sequence parallel": (2, ["parallel.tp=2", "parallel.sequence_parallel=true"]),
@@ -35,8 +35,8 @@ VARIANTS = {
         2,
         ["train.recompute=mlp", "parallel.tp=2", "parallel.sequence_parallel=true"],
     ),
-    "MLP recomputation, tp2 in chunks": (2, ["train.recompute=mlp", *CHUNKS]),
-    "full recomputation, tp2 in chunks": (2, ["train.recompute=full", *CHUNKS]),
+    "MLP recomputation, tp2 with overlap": (2, ["train.recompute=mlp", *OVERLAP]),
+    "full recomputation, tp2 with overlap": (2, ["train.recompute=full", *OVERLAP]),
     "tp2 cp2": (4, ["parallel.tp=2", "parallel.cp=2", "parallel.sequence_parallel=true"]),
 }
 
@@ -48,7 +48,7 @@ ELSEWHERE = ["tp2", "tp2 with sequence parallel", "pp2", "dp2 with overlap", "cp
 # … test_packed_documents.py one with packed documents, and the plain optimizer here.
 ELSEWHERE += ["vpp2", "dp2", "full recomputation", "selective recomputation", "MLP recomputation"]
 ELSEWHERE += ["MLP recomputation, tp2", "cp2"]  # within the next one
-ELSEWHERE += ["full recomputation, tp2 in chunks"]  # test_overlapped_linear.py
+ELSEWHERE += ["full recomputation, tp2 with overlap"]  # test_overlapped_linear.py
 CASES = [
     pytest.param("distributed", name, marks=pytest.mark.long if name in ELSEWHERE else []) for name in VARIANTS
 ] + [pytest.param("plain", name, marks=pytest.mark.long if "tp2" in name else []) for name in PLAIN]

@@ -131,17 +131,11 @@ DIVISION: dict[str, tuple[dict[str, Any], int, str, str]] = {
         "train.seq_length",
         "4100",
     ),
-    "chunks without sequence parallel": (
-        {"parallel__tp": 2, "parallel__tp_comm_chunks": 4},
+    "overlap without sequence parallel": (
+        {"parallel__tp": 2, "parallel__tp_comm_overlap": True},
         2,
-        "parallel.tp_comm_chunks",
+        "parallel.tp_comm_overlap",
         "parallel.sequence_parallel=true",
-    ),
-    "a rank's sequence by chunks": (
-        {"parallel__tp": 4, "parallel__sequence_parallel": True, "parallel__tp_comm_chunks": 3},
-        4,
-        "parallel.tp_comm_chunks",
-        "2, 4",
     ),
     "sequence by cp and block": (
         {"parallel__cp": 2, "train__seq_length": 4096 + 64},
@@ -170,12 +164,7 @@ def test_deterministic_training_takes_no_kernel_that_is_not() -> None:
         check(cfg, 1, GPU)
 
 
-def test_one_tensor_parallel_rank_takes_any_number_of_chunks() -> None:
-    assert check(config(parallel__tp_comm_chunks=3), 1, GPU).fits
-
-
 VALUES: dict[str, tuple[Any, str]] = {
-    "parallel__tp_comm_chunks": (0, "parallel.tp_comm_chunks to a positive number"),
     "train__max_skipped_steps": (-1, "train.max_skipped_steps to 0 or more"),
     "train__spike_factor": (0.0, "train.spike_factor to a positive"),
     "train__timeout_minutes": (0.0, "train.timeout_minutes to a positive"),
