@@ -64,13 +64,14 @@ class Exchange(Protocol):
 def tensor_parallel_exchange(cfg: PretrainConfig, device: torch.device) -> Exchange | None:
     """Return the exchange of this rank's tensor parallel group.
 
-    None without `parallel.tp_comm_overlap`. Call it on all ranks together.
+    None without `parallel.tp_comm_overlap`, or without sequence parallelism, as in decoding. Call it on all ranks
+    together.
 
     Raises:
         ConfigError: the group's GPUs can't address each other's memory.
     """
     parallel, train = cfg.parallel, cfg.train
-    if parallel.tp == 1 or not parallel.tp_comm_overlap:
+    if parallel.tp == 1 or not (parallel.sequence_parallel and parallel.tp_comm_overlap):
         return None
     group = parallel_state.get_tensor_model_parallel_group()
     if device.type == "cpu":

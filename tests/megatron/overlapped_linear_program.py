@@ -78,17 +78,16 @@ def errors(ranks: int, exchange: Exchange, fused: bool, recompute: bool) -> dict
     return dict(zip(expected, differences.tolist(), strict=True))
 
 
-def small(ranks: int, overlap: bool) -> PretrainConfig:
+def small(ranks: int, overlap: bool, sequence_parallel: bool = True) -> PretrainConfig:
     model = ModelConfig("test", 1, 64, 96, 4, 2, 16, VOCABULARY)
-    parallel = ParallelConfig(tp=ranks, sequence_parallel=True, tp_comm_overlap=overlap)
+    parallel = ParallelConfig(tp=ranks, sequence_parallel=sequence_parallel, tp_comm_overlap=overlap)
     train = TrainConfig(steps=1, seq_length=8 * BLOCK, global_batch_size=1, precision="fp32")
     return PretrainConfig(model=model, parallel=parallel, train=train)
 
 
-def overlapping(ranks: int, overlap: bool, device: torch.device) -> list[str]:
+def overlapping(cfg: PretrainConfig, device: torch.device) -> list[str]:
     """Names of a run's linear layers that do."""
     layout = replace(hybrid_of("hybrid"), layers=hybrid_of("hybrid").layers[:1])
-    cfg = small(ranks, overlap)
     (chunk,) = build_model(cfg, transformer_config(cfg), layout, choose_backend("local"), device)
     return [name for name, module in unwrap(chunk).named_modules() if hasattr(module, "exchange")]
 
@@ -103,7 +102,11 @@ def main() -> None:
     assert exchange is not None
     found = {
         "errors": {str(case): errors(ranks, exchange, *case) for case in CASES},
-        "layers": [overlapping(ranks, overlap, device) for overlap in (False, True)],
+        "layers": {
+            "of a run": overlapping(small(ranks, overlap=True), device),
+            "without overlap": overlapping(small(ranks, overlap=False), device),
+            "decoding": overlapping(small(ranks, overlap=True, sequence_parallel=False), device),
+        },
     }
     if torch.distributed.get_rank() == 0:
         print(json.dumps(found))

@@ -29,8 +29,11 @@ def test_outputs_and_gradients_are_megatrons(found: dict[str, Any]) -> None:
 
 
 def test_all_linear_layers_of_a_run_do(found: dict[str, Any]) -> None:
-    without, layers = found["layers"]
-    assert not without
-    assert [name.rpartition(".")[2] for name in sorted(layers)] == [
+    assert [name.rpartition(".")[2] for name in sorted(found["layers"]["of a run"])] == [
         "linear_fc1", "linear_fc2", "linear_proj", "linear_qkv", "output_layer",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ["without overlap", "decoding"])
+def test_no_layer_does(found: dict[str, Any], case: str) -> None:
+    assert found["layers"][case] == []
