@@ -15,6 +15,7 @@ from s2train.inference.page_pool import PagePool
 from s2train.kernels.decode.op import append_token, block_sparse_decode
 from s2train.kernels.decode.pages import last_uses, most_pages_held, pages_held, read_tokens, write_tokens
 from s2train.kernels.layout import BlockLayout
+from s2train.layouts.transfer import to_device
 from s2train.megatron.core_attention import CausalCoreAttention, cores_of
 
 
@@ -193,7 +194,7 @@ class KVCache:
         Writes on the host and, asynchronously, on the device.
         """
         self.pages.reshape(-1)[index] = pages
-        update = _to_device(np.stack([index, pages.astype(np.int64)]), self.table.device)
+        update = to_device(np.stack([index, pages.astype(np.int64)]), self.table.device)
         self.table.view(-1)[update[0]] = update[1].int()
 
 
@@ -349,7 +350,7 @@ class LayerCache:
         pool.give(pages[dropped])
         pages[dropped] = -1
         pages[new] = pool.take(int(new.sum()))
-        self.cache.table[:, self.number] = _to_device(pages, self.cache.table.device)
+        self.cache.table[:, self.number] = to_device(pages, self.cache.table.device)
 
 
 def _after_earlier(pages: torch.Tensor, table: torch.Tensor, new: torch.Tensor, chunk: Chunk) -> torch.Tensor:
@@ -363,15 +364,6 @@ def _after_earlier(pages: torch.Tensor, table: torch.Tensor, new: torch.Tensor, 
     tokens = read_tokens(pages, table, chunk.stop)
     tokens[:, :, chunk.start :] = new.permute(1, 2, 0, 3)
     return tokens.permute(2, 0, 1, 3)
-
-
-def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Copy to a GPU asynchronously.
-
-    On a CPU, returns the array itself as a tensor.
-    """
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _letters(cores: list[CausalCoreAttention]) -> str:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from s2train.layouts.host_layout import HostLayout
 from s2train.megatron.context_parallel.document_plan import document_plan
 from s2train.megatron.context_parallel.documents import ContinuedDocument, divided_documents
 from tests.megatron.cp_processes import BLOCK, CASES, NAMES
@@ -54,7 +55,7 @@ def test_ranks_send_exactly_the_tokens_that_are_needed(name: str, size: int) -> 
         expected = brute_force_tokens(layout, kv_heads, bounds, size)
         for rank in range(size):
             divided = divided_documents(bounds, int(bounds[0, -1]), rank, size, "cpu")
-            plan = document_plan(divided, layout, kv_heads, rank, size)
+            plan = document_plan(divided, HostLayout.of(layout), kv_heads, rank, size, "cpu")
             assert plan.received == expected[rank].tolist(), (seed, documents)
             assert plan.sent_counts == expected[:, rank].tolist(), (seed, documents)
 
@@ -63,8 +64,18 @@ def test_documents_that_begin_with_their_chunks_need_no_exchange() -> None:
     length, rows = 4 * BLOCKS_PER_CHUNK * BLOCK, BLOCKS_PER_CHUNK * BLOCK
     bounds = torch.arange(0, length + 1, rows, dtype=torch.int32)[None]
     layout = CASES["dense heads"].make(4 * BLOCKS_PER_CHUNK)
-    plan = document_plan(divided_documents(bounds, length, 0, 2, "cpu"), layout, 2, 0, 2)
+    plan = document_plan(divided_documents(bounds, length, 0, 2, "cpu"), HostLayout.of(layout), 2, 0, 2, "cpu")
     assert plan.received == plan.sent_counts == [0, 0]
+
+
+def test_planning_a_micro_batch_reads_nothing_from_the_device() -> None:
+    layout = HostLayout.of(CASES["shifted"].make(4 * BLOCKS_PER_CHUNK))
+    for bounds in make_documents(2).values():
+        divided = divided_documents(bounds, int(bounds[0, -1]), 0, 2, "meta")
+        plan = document_plan(divided, layout, 2, 0, 2, "meta")  # nothing can be read from a meta tensor
+        assert {x.device.type for x in (*plan.places, *plan.sent, plan.returned.order)} == {"meta"}
+        keys = [planned for of_chunks in plan.keys for planned in of_chunks if planned]
+        assert {own_layout.device.type for _, _, own_layout in keys} == {"meta"}
 
 
 def test_a_chunk_has_one_continued_document_and_those_that_begin_in_it() -> None:

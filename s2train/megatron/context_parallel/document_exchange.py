@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from s2train.kernels.layout import BlockLayout
+from s2train.layouts.host_layout import HostLayout
 from s2train.megatron.context_parallel.all_gather import chunk_ids
 from s2train.megatron.context_parallel.attention import Attend
 from s2train.megatron.context_parallel.document_plan import DocumentPlan, document_plan
@@ -70,7 +71,9 @@ def attend_documents_exchanged(
     """
     chunks, num_kv_heads = chunk_ids(group.rank(), group.size()), key.shape[2]
     if layout not in documents.plans:
-        documents.plans[layout] = document_plan(documents, layout, num_kv_heads, group.rank(), group.size())
+        documents.plans[layout] = document_plan(
+            documents, HostLayout.cached(layout), num_kv_heads, group.rank(), group.size(), query.device
+        )
     plan: DocumentPlan = documents.plans[layout]
     exchange = DocumentExchange(plan, group)
     key, value = exchange.send(key, value)

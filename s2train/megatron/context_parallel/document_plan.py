@@ -2,19 +2,22 @@
 
 A layout restarts in each document, at any token. So the blocks that a document's queries keep lie anywhere in the
 sequence, and ranks exchange runs of tokens. Which ones depends on the micro batch's documents: each rank computes it on
-the host, from the documents and the layout, without asking the others.
+the host, from the documents and the layout, without asking the others or waiting for the device.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from s2train.kernels.layout import BlockLayout
+from s2train.layouts.host_layout import HostLayout
 from s2train.layouts.renumber import renumber
+from s2train.layouts.transfer import to_device
 from s2train.megatron.context_parallel.all_gather import chunk_ids
-from s2train.megatron.context_parallel.documents import ContinuedDocument, DividedDocuments, to_device
+from s2train.megatron.context_parallel.documents import ContinuedDocument, DividedDocuments
 from s2train.megatron.context_parallel.returned import Returned
 
 
@@ -61,6 +64,23 @@ class ContinuedKeys:
     slots: int
     block_size: int
 
+    @classmethod
+    def of(cls, document: ContinuedDocument, layout: HostLayout, num_kv_heads: int) -> "ContinuedKeys":
+        """Find the blocks before a chunk that each KV head needs.
+
+        These are the blocks that the chunk's queries of the document keep in any head of the KV head's group.
+        """
+        first = (document.start - document.first) // layout.block_size
+        last = (document.end - 1 - document.first) // layout.block_size
+        kept = np.zeros((layout.num_patterns, first), bool)
+        for pattern in range(layout.num_patterns):
+            begin, end = layout.offsets[pattern * layout.num_rows + np.array([first, last + 1])]
+            columns = layout.columns[begin:end]
+            kept[pattern, columns[columns < first]] = True
+        of_head = kept[layout.pattern_of_head]
+        needed = of_head.reshape(num_kv_heads, len(of_head) // num_kv_heads, first).any(1)
+        return cls(document, needed, int(needed.sum(1).max(initial=0)), layout.block_size)
+
     @property
     def first_block(self) -> int:
         """Block of the first query, counted from the document's first token."""
@@ -96,19 +116,17 @@ class ContinuedKeys:
         of_all = np.full(len(heads), sequence), np.full(len(heads), part)
         return Runs(of_all[0], heads, starts, lengths, places, of_all[1])
 
-    def layout(self, layout: BlockLayout) -> BlockLayout:
-        """Return `layout` of the document's queries in the chunk.
+    def layout(self, layout: HostLayout, device: torch.device | str) -> BlockLayout:
+        """Return `layout` of the document's queries in the chunk, on `device`.
 
         Its keys are these keys and the chunk's.
         """
         count = (self.document.end - 1 - self.document.first) // self.block_size + 1 - self.first_block
-        blocks = layout.num_query_blocks
-        rows = np.full(blocks, -1)
+        rows = np.full(layout.num_rows, -1)
         rows[self.first_block : self.first_block + count] = self.slots + np.arange(count)
-        columns = np.broadcast_to(rows, (len(self.needed), blocks)).copy()
+        columns = np.tile(rows, (len(self.needed), 1))
         columns[:, : self.first_block] = np.where(self.needed, self.needed.cumsum(1) - 1, -1)
-        new_rows, new_columns = (to_device(array, layout.device) for array in (rows, columns))
-        return renumber(layout, new_rows, new_columns, self.slots + count, self.slots + count)
+        return renumber(layout, rows, columns, self.slots + count, self.slots + count, device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,19 +164,27 @@ class DocumentPlan:
 
 
 def document_plan(
-    documents: DividedDocuments, layout: BlockLayout, num_kv_heads: int, rank: int, size: int
+    documents: DividedDocuments,
+    layout: HostLayout,
+    num_kv_heads: int,
+    rank: int,
+    size: int,
+    device: torch.device | str,
 ) -> DocumentPlan:
     """Compute what `rank` of `size` exchanges.
+
+    The host waits for no device.
 
     Args:
         layout: of a whole sequence and this rank's heads.
         num_kv_heads: H_kv, a divisor of the layout's heads.
+        device: of the plan's tensors and layouts.
     """
-    batch, host = len(documents.bounds), _HostLayout.of(layout)
+    batch = len(documents.bounds)
     sent: list[np.ndarray] = []  # of each receiver's two chunks, which may need the same tokens
     sent_counts: list[int] = []
     for receiver in range(size):
-        needs = _Needs.of(documents, host, num_kv_heads, receiver, size)
+        needs = _Needs.of(documents, layout, num_kv_heads, receiver, size)
         mine = needs.runs.at(needs.senders == rank)
         chunk, place = np.divmod(mine.starts, documents.rows)
         local = place + documents.rows * (chunk >= size)  # the second of this rank's chunks
@@ -172,12 +198,12 @@ def document_plan(
     order = np.argsort(own.senders, kind="stable")
     runs = own.runs.at(order)
     places = _expanded(runs.places * num_kv_heads + runs.heads, runs.lengths, num_kv_heads)
-    keys = [None if at is None else (*at, at[1].layout(layout)) for at in own.keys]
+    keys = [None if at is None else (*at, at[1].layout(layout, device)) for at in own.keys]
     return DocumentPlan(
         sent_parts=sent,
         sent_counts=sent_counts,
         received=[int(own.runs.lengths[own.senders == sender].sum()) for sender in range(size)],
-        places=(to_device(places, layout.device),),
+        places=(to_device(places, device),),
         rows=max(1, own.rows),
         own_keys=2 * documents.rows * batch * num_kv_heads,
         is_full=0 < own.rows * num_kv_heads == len(places),
@@ -202,7 +228,7 @@ class _Needs:
 
     @classmethod
     def of(
-        cls, documents: DividedDocuments, host: "_HostLayout", num_kv_heads: int, receiver: int, size: int
+        cls, documents: DividedDocuments, layout: HostLayout, num_kv_heads: int, receiver: int, size: int
     ) -> "_Needs":
         runs: list[Runs] = []
         keys: list[tuple[int, ContinuedKeys] | None] = []
@@ -213,7 +239,7 @@ class _Needs:
                 if not document.length:
                     keys.append(None)
                     continue
-                found = host.keys(document, num_kv_heads)
+                found = ContinuedKeys.of(document, layout, num_kv_heads)
                 keys.append((rows, found))
                 runs.append(found.runs(sequence, part, rows, documents.rows))
                 rows += found.rows
@@ -231,43 +257,3 @@ def _expanded(first: np.ndarray, lengths: np.ndarray, stride: int) -> np.ndarray
     """Return the indices of runs' tokens, `stride` apart within a run."""
     before = np.repeat(np.cumsum(lengths) - lengths, lengths)
     return np.repeat(first, lengths) + stride * (np.arange(len(before)) - before)
-
-
-@dataclass(frozen=True)
-class _HostLayout:
-    """A layout's kept blocks on the host."""
-
-    offsets: np.ndarray
-    columns: np.ndarray
-    pattern_of_head: np.ndarray
-    num_blocks: int
-    block_size: int
-
-    @classmethod
-    def of(cls, layout: BlockLayout) -> "_HostLayout":
-        """Copy a layout once; cached in it."""
-        found = layout.cache.get("blocks on the host")
-        if found is None:
-            patterns = layout.patterns_of_heads("context parallelism")
-            offsets, columns, heads = (x.cpu().numpy() for x in (layout.row_offsets, layout.row_columns, patterns))
-            found = cls(offsets, columns, heads, layout.num_query_blocks, layout.block_size)
-            layout.cache["blocks on the host"] = found
-        assert isinstance(found, cls)
-        return found
-
-    def keys(self, document: ContinuedDocument, num_kv_heads: int) -> ContinuedKeys:
-        """Find the blocks before a chunk that each KV head needs.
-
-        These are the blocks that the chunk's queries of the document keep in any head of the KV head's group.
-        """
-        first = (document.start - document.first) // self.block_size
-        last = (document.end - 1 - document.first) // self.block_size
-        number = (len(self.offsets) - 1) // self.num_blocks
-        kept = np.zeros((number, first), bool)
-        for pattern in range(number):
-            begin, end = self.offsets[pattern * self.num_blocks + np.array([first, last + 1])]
-            columns = self.columns[begin:end]
-            kept[pattern, columns[columns < first]] = True
-        of_head = kept[self.pattern_of_head]
-        needed = of_head.reshape(num_kv_heads, len(of_head) // num_kv_heads, first).any(1)
-        return ContinuedKeys(document, needed, int(needed.sum(1).max(initial=0)), self.block_size)

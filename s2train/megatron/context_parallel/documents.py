@@ -13,6 +13,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from s2train.layouts.transfer import to_device
 from s2train.megatron.context_parallel.all_gather import chunk_ids, gather_sequence
 
 AttendDocuments = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # of one sequence: query, key, value, bounds
@@ -105,12 +106,6 @@ def _begun(bounds: np.ndarray, continued: ContinuedDocument, rows: int) -> np.nd
     found[0] = 0
     found[1 : 1 + len(inside)] = inside - first
     return found
-
-
-def to_device(values: np.ndarray, device: torch.device | str) -> Tensor:
-    """Copy to a device without making the host wait."""
-    tensor = torch.from_numpy(values)
-    return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor
 
 
 def attend_documents_gathered(

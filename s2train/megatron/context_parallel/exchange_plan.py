@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from s2train.kernels.layout import BlockLayout
-from s2train.layouts.renumber import causal_pairs, renumber
+from s2train.layouts.host_layout import HostLayout
+from s2train.layouts.renumber import renumber
 from s2train.megatron.context_parallel.returned import Returned
 
 _ALIGNMENT = 128  # tokens: the first query's position is a multiple of it, which suits the kernels
@@ -37,10 +38,24 @@ def needed_blocks(layout: BlockLayout, num_kv_heads: int, size: int) -> Tensor:
     num_patterns = (layout.row_offsets.numel() - 1) // num_blocks
     touched = torch.zeros(num_patterns, size, num_blocks, dtype=torch.bool, device=layout.device)
     for pattern in range(num_patterns):
-        query, key = causal_pairs(layout, pattern)
+        query, key = _causal_pairs(layout, pattern)
         touched[pattern, owner[query], key] = True
     of_head = touched[layout.patterns_of_heads("context parallelism").long()]
     return of_head.view(num_kv_heads, -1, size, num_blocks).any(1).transpose(0, 1)
+
+
+def _causal_pairs(layout: BlockLayout, pattern: int) -> tuple[Tensor, Tensor]:
+    """Return the causal pairs of one pattern.
+
+    Returns query and key blocks, int64 [pairs].
+    """
+    first = pattern * layout.num_query_blocks
+    offsets = layout.row_offsets[first : first + layout.num_query_blocks + 1].long()
+    blocks = torch.arange(layout.num_query_blocks, device=layout.device)
+    begin, end = offsets[[0, -1]].tolist()
+    query, key = torch.repeat_interleave(blocks, offsets.diff()), layout.row_columns[begin:end].long()
+    causal = key <= query
+    return query[causal], key[causal]
 
 
 def exchanged_blocks(layout: BlockLayout, num_kv_heads: int, size: int) -> Tensor:
@@ -129,7 +144,10 @@ class ExchangePlan:
         return torch.where(self.rows >= 0, self.rows + by, -1)
 
     def _renumbered(self, layout: BlockLayout, first_row: int, columns: Tensor, num_columns: int) -> BlockLayout:
-        return renumber(layout, self._moved(first_row), columns, first_row + self.own_blocks, num_columns)
+        rows, columns_of_heads = (x.cpu().numpy() for x in (self._moved(first_row), columns))
+        return renumber(
+            HostLayout.of(layout), rows, columns_of_heads, first_row + self.own_blocks, num_columns, layout.device
+        )
 
 
 def exchange_plan(layout: BlockLayout, num_kv_heads: int, rank: int, size: int) -> ExchangePlan:
