@@ -16,6 +16,7 @@ from torch import Tensor
 from .configs import multiprocessors
 from .layout import BlockLayout
 from .topk_layout import Layout
+from .transfer import fields_to_device
 
 # Rows of queries, over all heads of a group, below which a column stays whole: 0.3 ms on an H100, where a program's
 # start and end take 5 us.
@@ -143,16 +144,19 @@ def column_parts(layout: Layout, num_kv_heads: int, sequences: int, rows: int) -
     if not isinstance(layout, BlockLayout):
         if layout.num_query_blocks * (layout.num_heads // num_kv_heads) <= least:
             return None
-        return layout.built(key, lambda: _column_parts(layout, num_kv_heads, sequences, rows, least))
+        return layout.built(key, lambda: _column_parts(layout, layout.device, num_kv_heads, sequences, rows, least))
     if key not in layout.cache:
-        layout.cache[key] = _column_parts(layout, num_kv_heads, sequences, rows, least)
+        parts = _column_parts(layout.on_host or layout, layout.device, num_kv_heads, sequences, rows, least)
+        layout.cache[key] = None if parts is None else fields_to_device(parts, layout.device)
     found: ColumnParts | None = layout.cache[key]
     return found
 
 
-def _column_parts(layout: Layout, num_kv_heads: int, sequences: int, rows: int, least: int) -> ColumnParts | None:
+def _column_parts(
+    layout: Layout, device: torch.device, num_kv_heads: int, sequences: int, rows: int, least: int
+) -> ColumnParts | None:
     num_key_blocks, block = layout.num_key_blocks, layout.block_size
-    copies, at_once = sequences * (block // rows), multiprocessors(layout.device)
+    copies, at_once = sequences * (block // rows), multiprocessors(device)
     if most_slots(copies, at_once) < 2:
         return None
     counts = layout.column_offsets.diff().long().view(-1, num_key_blocks)[layout.pattern_of_head.long()]

@@ -14,6 +14,7 @@ from torch import Tensor
 from .call import Call
 from .handles import register
 from .layout_builder import MaskRule, Rule, column_lines, compress, row_lines
+from .transfer import to_device
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 # pattern index of each head, or of each head of each sequence
@@ -44,6 +45,8 @@ class BlockLayout:
     row_columns: Tensor
     column_offsets: Tensor
     column_rows: Tensor
+    # the layout on the host that this is a copy of: schedules are built from it, so that the host doesn't wait
+    on_host: BlockLayout | None = field(default=None, repr=False, kw_only=True)
     # data that backends derive from the layout once (token masks, work order); not part of its meaning
     cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
     # identifies this object in compiled graphs, which hold only numbers
@@ -234,6 +237,15 @@ class BlockLayout:
         if moved["row_offsets"] is self.row_offsets:
             return self
         return self._with(**moved)
+
+    def copied_to(self, device: torch.device | str) -> BlockLayout:
+        """Copy this layout to a device, and keep it for schedules.
+
+        Takes a layout on the host, which waits neither here nor where kernels run with the copy.
+        """
+        if torch.device(device) == self.device:
+            return self
+        return self._with(**{name: to_device(x, device) for name, x in self._tensors().items()}, on_host=self)
 
     def columns_by_work(self, num_kv_heads: int) -> Tensor:
         """Call the function `columns_by_work` and cache its result."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..layout import BlockLayout
+from ..transfer import fields_to_device
 from .pair_parts import PairParts, cut_pairs
 from .program_order import program_order
 from .shared_tiles import SharedTiles, divide, shared_tiles
@@ -74,14 +75,17 @@ def backward_schedule(
     if key not in kept:
         while len(kept) >= _LENGTHS_KEPT:
             del kept[next(iter(kept))]
-        kept[key] = _build(layout, num_kv_heads, s_q, s_k, query_offset, causal, copies, options)
+        source = layout.on_host or layout
+        built = _build(source, layout.device, num_kv_heads, s_q, s_k, query_offset, causal, copies, options)
+        kept[key] = fields_to_device(built, layout.device)
     return kept[key]
 
 
 def _build(
-    layout: BlockLayout, num_kv_heads: int, s_q: int, s_k: int, query_offset: int, causal: bool, copies: int,
-    options: ScheduleOptions,
+    layout: BlockLayout, device: torch.device, num_kv_heads: int, s_q: int, s_k: int, query_offset: int, causal: bool,
+    copies: int, options: ScheduleOptions,
 ) -> BackwardSchedule:  # fmt: skip
+    """Build the pairs on the layout's device for a run on `device`."""
     first_tile, end_tile = query_offset // options.query_tile, -(-(query_offset + s_q) // options.query_tile)
     tiles = options.query_tile // TILE
     first_tile, end_tile = first_tile * tiles, end_tile * tiles
@@ -91,7 +95,7 @@ def _build(
     cut = None
     if copies or not second:
         meta, steps = _pairs_of_heads(layout, num_kv_heads, *limits, replace(options, second_pairs=False))
-        cut = cut_pairs(meta, steps, copies) if copies else None
+        cut = cut_pairs(meta, steps, copies, device) if copies else None
     if cut is not None:
         meta = cut[0]
     elif second:
@@ -99,7 +103,7 @@ def _build(
     member = None
     if options.by_query_head and members > 1:
         member = _main_member(meta, steps, members, -(-s_k // TILE))
-    order = program_order(meta[:, 7] * num_kv_heads + meta[:, 0], meta[:, 5], member)
+    order = program_order(meta[:, 7] * num_kv_heads + meta[:, 0], meta[:, 5], device, member)
     meta = meta[order]
     parts: PairParts | SharedTiles | None = None
     if cut is not None:

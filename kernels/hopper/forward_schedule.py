@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..layout import BlockLayout
+from ..transfer import fields_to_device
 
 TILE = 128  # query rows per tile, and keys per step
 _HALVES = 2  # of 64 rows, each computed by one warpgroup
@@ -52,14 +53,15 @@ class ForwardSchedule:
 def forward_schedule(layout: BlockLayout, *, causal: bool, query_end: int, s_k: int) -> ForwardSchedule:
     """Build the steps of queries up to `query_end` over `s_k` keys.
 
-    They are built on the layout's device and kept in its cache: one for the case that causality alone masks the keys
+    They are built where the layout was, and kept in its cache: one for the case that causality alone masks the keys
     from s_k on (any lengths), and one for the most recent other s_k.
     """
     tail = None if causal and s_k >= query_end else s_k
     key = ("hopper_forward_schedule", causal, tail is None)
     cached = layout.cache.get(key)
     if cached is None or cached[0] != tail:
-        cached = layout.cache[key] = (tail, _build(layout, causal, tail))
+        built = _build(layout.on_host or layout, causal, tail)
+        cached = layout.cache[key] = (tail, fields_to_device(built, layout.device))
     schedule: ForwardSchedule = cached[1]
     return schedule
 

@@ -40,15 +40,16 @@ class PairParts:
     num_slots: int
 
 
-def cut_pairs(meta: Tensor, steps: Tensor, copies: int) -> tuple[Tensor, PairParts] | None:
+def cut_pairs(meta: Tensor, steps: Tensor, copies: int, device: torch.device) -> tuple[Tensor, PairParts] | None:
     """Cut the heavy pairs of `meta` (int64).
 
     Returns None if there are none. Reads the device.
 
     Args:
         copies: sequences that share each pair.
+        device: runs the programs; the tensors may lie elsewhere.
     """
-    at_once = multiprocessors(meta.device)
+    at_once = multiprocessors(device)
     if most_slots(copies, at_once) < 2:
         return None
     cut = trimmed(cut_columns(meta[:, 5].long(), LEAST_STEPS, copies, at_once))

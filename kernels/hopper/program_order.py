@@ -19,7 +19,7 @@ _START_STEPS = 2  # cost of a program's start and end, in steps
 _SIMULATED = 8192  # programs; of more, adjacent short ones count as one
 
 
-def program_order(kv_head: Tensor, steps: Tensor, member: Tensor | None = None) -> Tensor:
+def program_order(kv_head: Tensor, steps: Tensor, device: torch.device, member: Tensor | None = None) -> Tensor:
     """Order programs so that they share the L2 cache and end together.
 
     Programs are ordered by KV head, most steps first: concurrent programs then add to the same dq and read the same q.
@@ -29,6 +29,7 @@ def program_order(kv_head: Tensor, steps: Tensor, member: Tensor | None = None) 
 
     Args:
         kv_head, steps: int64 [programs]; a multiprocessor runs one program at a time.
+        device: runs the programs; the tensors may lie elsewhere.
         member: int64 [programs], the query head within the group that a program mostly visits. If given, programs are
             ordered by query head, unless they then end much later.
 
@@ -37,7 +38,7 @@ def program_order(kv_head: Tensor, steps: Tensor, member: Tensor | None = None) 
     """
     short = (steps <= 2 * steps.median()).long()
     heaviest = steps.sort(descending=True, stable=True).indices
-    at_once = multiprocessors(steps.device)
+    at_once = multiprocessors(device)
 
     def best(head: Tensor) -> tuple[Tensor, float]:
         num_heads = int(head.max()) + 1

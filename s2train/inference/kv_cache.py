@@ -15,7 +15,7 @@ from s2train.inference.page_pool import PagePool
 from s2train.kernels.decode.op import append_token, block_sparse_decode
 from s2train.kernels.decode.pages import last_uses, most_pages_held, pages_held, read_tokens, write_tokens
 from s2train.kernels.layout import BlockLayout
-from s2train.layouts.transfer import to_device
+from s2train.kernels.transfer import to_device
 from s2train.megatron.core_attention import CausalCoreAttention, cores_of
 
 

@@ -5,28 +5,19 @@ import torch
 
 from s2train.kernels.layout import BlockLayout
 from s2train.layouts.host_layout import HostLayout
-from s2train.layouts.transfer import to_device
 
 
-def renumber(
-    layout: HostLayout,
-    rows: np.ndarray,
-    columns: np.ndarray,
-    num_rows: int,
-    num_columns: int,
-    device: torch.device | str,
-) -> BlockLayout:
+def renumber(layout: HostLayout, rows: np.ndarray, columns: np.ndarray, num_rows: int, num_columns: int) -> BlockLayout:
     """Build a layout from causal pairs whose blocks get new numbers.
 
-    Both blocks of a pair must get one. Computed on the host, which waits for no device. Memory and time grow with the
-    number of blocks that the numbered rows keep.
+    Both blocks of a pair must get one. The layout is on the host. Memory and time grow with the number of blocks that
+    the numbered rows keep.
 
     Args:
         layout: of H heads.
         rows: int64 [query blocks]: unique new numbers below `num_rows`, or -1 to leave a block out.
         columns: int64 [H_kv, key blocks]: the same for key blocks, per KV head; H_kv divides H.
         num_rows, num_columns: blocks of the new layout.
-        device: of the new layout.
     """
     set_of_group = [of_group.tobytes() for of_group in columns]
     members = len(layout.pattern_of_head) // len(columns)
@@ -43,7 +34,7 @@ def renumber(
         raise ValueError(f"{len(row)} kept blocks are too many for 32-bit indices: use larger blocks")
     by_row = _lines(variant * num_rows + row, column, len(variants) * num_rows, num_columns)
     by_column = _lines(variant * num_columns + column, row, len(variants) * num_columns, num_rows)
-    tensors = (to_device(x, device) for x in (np.array([pattern_of_head], np.int32), *by_row, *by_column))
+    tensors = (torch.from_numpy(x) for x in (np.array([pattern_of_head], np.int32), *by_row, *by_column))
     return BlockLayout(layout.block_size, len(pattern_of_head), num_rows, num_columns, *tensors)
 
 

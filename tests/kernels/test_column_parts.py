@@ -156,7 +156,7 @@ def test_lists_are_cut_on_the_device_as_static_pairs_are_on_the_host(monkeypatch
     rows, parts = pair_parts.cut_topk_pairs(meta, steps, taken, sums, layout, kv_heads, pairs * 128)
     works = rows[:, 5] > 0
     measured = torch.cat([rows[works], parts.slots[works, None]], 1)
-    cut = pair_parts.cut_pairs(meta.long(), steps, 1)
+    cut = pair_parts.cut_pairs(meta.long(), steps, 1, meta.device)
     if cut is None:  # no pair happens to be long
         assert rows[works].equal(meta)
         return

@@ -68,4 +68,4 @@ def test_heads_stay_together_where_their_programs_end_together_anyway() -> None:
 def test_every_program_starts_once() -> None:
     heads = torch.arange(4).repeat_interleave(5000)
     steps = torch.randint(1, 30, (20000,)) + 500 * (torch.rand(20000) < 0.1)
-    assert program_order(heads, steps).sort().values.equal(torch.arange(20000))
+    assert program_order(heads, steps, steps.device).sort().values.equal(torch.arange(20000))

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from s2train.kernels.layout import BlockLayout
+from s2train.kernels.transfer import to_device
 from s2train.layouts.host_layout import HostLayout
 from s2train.layouts.renumber import renumber
-from s2train.layouts.transfer import to_device
 from s2train.megatron.context_parallel.all_gather import chunk_ids
 from s2train.megatron.context_parallel.documents import ContinuedDocument, DividedDocuments
 from s2train.megatron.context_parallel.returned import Returned
@@ -126,7 +126,7 @@ class ContinuedKeys:
         rows[self.first_block : self.first_block + count] = self.slots + np.arange(count)
         columns = np.tile(rows, (len(self.needed), 1))
         columns[:, : self.first_block] = np.where(self.needed, self.needed.cumsum(1) - 1, -1)
-        return renumber(layout, rows, columns, self.slots + count, self.slots + count, device)
+        return renumber(layout, rows, columns, self.slots + count, self.slots + count).copied_to(device)
 
 
 @dataclass(frozen=True, eq=False)

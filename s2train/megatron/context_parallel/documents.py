@@ -13,7 +13,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from s2train.layouts.transfer import to_device
+from s2train.kernels.transfer import to_device
 from s2train.megatron.context_parallel.all_gather import chunk_ids, gather_sequence
 
 AttendDocuments = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # of one sequence: query, key, value, bounds

@@ -145,9 +145,8 @@ class ExchangePlan:
 
     def _renumbered(self, layout: BlockLayout, first_row: int, columns: Tensor, num_columns: int) -> BlockLayout:
         rows, columns_of_heads = (x.cpu().numpy() for x in (self._moved(first_row), columns))
-        return renumber(
-            HostLayout.of(layout), rows, columns_of_heads, first_row + self.own_blocks, num_columns, layout.device
-        )
+        found = renumber(HostLayout.of(layout), rows, columns_of_heads, first_row + self.own_blocks, num_columns)
+        return found.to(layout.device)
 
 
 def exchange_plan(layout: BlockLayout, num_kv_heads: int, rank: int, size: int) -> ExchangePlan:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from s2train.layouts.transfer import to_device
+from s2train.kernels.transfer import to_device
 
 
 @dataclass(frozen=True, eq=False)
