@@ -1,6 +1,7 @@
 """Core attention over static block layouts: dense and S2."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from s2train.megatron.context_parallel.document_exchange import attend_documents
 from s2train.megatron.context_parallel.documents import DividedDocuments, attend_documents_gathered
 from s2train.megatron.core_attention import CausalCoreAttention, PackedDocuments, cores_of
 from s2train.megatron.dense_kernels import choose_kernels, run_dense, runs_sparse_op
+
+MakeLayout = Callable[[], BlockLayout]
 
 
 class BlockCoreAttention(CausalCoreAttention):
@@ -53,7 +56,8 @@ class BlockCoreAttention(CausalCoreAttention):
         layout = self._layout_of(documents, query.device)
 
         def later(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, query_offset: int) -> torch.Tensor:
-            return self.attend_later(q, k, v, layout, query_offset)
+            later_layout = partial(documents.later_layout, layout, query_offset, len(q))
+            return self.attend_later(q, k, v, later_layout, query_offset)
 
         def begun(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
             return self.attend_document(q, k, v, layout, bounds)
@@ -61,10 +65,10 @@ class BlockCoreAttention(CausalCoreAttention):
         return attend_documents_gathered(later, begun, query, key, value, documents, self.cp_group)
 
     def attend_later(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: BlockLayout, query_offset: int
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: MakeLayout, query_offset: int
     ) -> torch.Tensor:
-        """Compute attention as `attend`; the layout may be for longer sequences."""
-        out = self.attend_by_layout(query, key, value, layout, query_offset, return_lse=False)
+        """Compute attention as `attend`; `layout` is called if kernels need one."""
+        out = self.attend_by_layout(query, key, value, layout(), query_offset, return_lse=False)
         assert isinstance(out, torch.Tensor)
         return out
 
@@ -134,10 +138,10 @@ class DenseCoreAttention(BlockCoreAttention):
         self._chosen: dict[tuple[Any, ...], DenseChoice] = {}
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, query_offset: int) -> torch.Tensor:
-        return self.attend_later(query, key, value, None, query_offset)
+        return self.attend_later(query, key, value, partial(self.full_layout, key), query_offset)
 
     def attend_later(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: BlockLayout | None, query_offset: int
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: MakeLayout, query_offset: int
     ) -> torch.Tensor:
         implementation = "auto"
         if query.shape[0] > 1 and (query.is_cuda or self.implementation == "s2train"):
@@ -151,7 +155,7 @@ class DenseCoreAttention(BlockCoreAttention):
         implementation = "s2train"
         if query.is_cuda:
             implementation = self.choose("documents", query, key, value, 0, bounds).implementation
-        return self._run(implementation, query, key, value, layout, 0, bounds)
+        return self._run(implementation, query, key, value, lambda: layout, 0, bounds)
 
     def _run(
         self,
@@ -159,19 +163,18 @@ class DenseCoreAttention(BlockCoreAttention):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        layout: BlockLayout | None,
+        layout: MakeLayout,
         query_offset: int,
         bounds: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Run the chosen kernels; `layout` None: made where they need one."""
-        if runs_sparse_op(implementation, bounds):
-            layout = self.full_layout(key) if layout is None else layout
-            if self.kernels is None:
-                self.kernels = kernels_in_use(
-                    query, key, value, layout, query_offset=query_offset, cu_seqlens=bounds, backend=self.backend
-                )
+        """Run the chosen kernels; `layout` is called if they need one."""
+        needed = layout() if runs_sparse_op(implementation, bounds) else None
+        if needed is not None and self.kernels is None:
+            self.kernels = kernels_in_use(
+                query, key, value, needed, query_offset=query_offset, cu_seqlens=bounds, backend=self.backend
+            )
         return run_dense(
-            implementation, query, key, value, layout, self.softmax_scale, query_offset, bounds, self.backend
+            implementation, query, key, value, needed, self.softmax_scale, query_offset, bounds, self.backend
         )
 
     def cached_layout(self, max_length: int, device: torch.device) -> None:

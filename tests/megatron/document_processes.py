@@ -144,7 +144,8 @@ def _divided(way: str, layout: BlockLayout, documents: DividedDocuments, q: Tens
         return block_sparse_attention(q, k, v, layout, cu_seqlens=bounds, backend="torch")
 
     def later(q: Tensor, k: Tensor, v: Tensor, offset: int) -> Tensor:
-        return block_sparse_attention(q, k, v, layout, query_offset=offset, backend="torch")
+        own_layout = documents.later_layout(layout, offset, len(q))
+        return block_sparse_attention(q, k, v, own_layout, query_offset=offset, backend="torch")
 
     def op(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, query_offset: int, return_lse: bool) -> Tensor:
         assert not return_lse

@@ -78,6 +78,14 @@ def test_planning_a_micro_batch_reads_nothing_from_the_device() -> None:
         assert {own_layout.device.type for _, _, own_layout in keys} == {"meta"}
 
 
+def test_a_layout_of_later_queries_has_what_they_keep() -> None:
+    layout = CASES["random"].make(12)
+    documents = divided_documents(torch.tensor([[0, 12 * BLOCK]], dtype=torch.int32), 12 * BLOCK, 0, 2, "cpu")
+    expected = layout.mask().tril()[:, :8, :8]
+    expected[:, :3] = False
+    assert documents.later_layout(layout, 3 * BLOCK + 5, 5 * BLOCK - 5).mask().equal(expected)
+
+
 def test_a_chunk_has_one_continued_document_and_those_that_begin_in_it() -> None:
     bounds = np.array([0, 3, 3, 10, 14, 16, 16], np.int32)
     found = [ContinuedDocument.of_chunk(bounds, chunk, 4) for chunk in range(4)]

@@ -13,7 +13,10 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from s2train.kernels.layout import BlockLayout
 from s2train.kernels.transfer import to_device
+from s2train.layouts.host_layout import HostLayout
+from s2train.layouts.renumber import renumber
 from s2train.megatron.context_parallel.all_gather import chunk_ids, gather_sequence
 
 AttendDocuments = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # of one sequence: query, key, value, bounds
@@ -58,15 +61,32 @@ class DividedDocuments(PackedSeqParams):
         begun: for each sequence and own chunk the bounds of the documents that begin in the chunk, int32 on the device,
             from 0, where the continued document ends; None if the continued document fills the chunk.
         plans: what layers exchange, by layout; made in the first forward pass.
+        later: what `later_layout` returned, by layout and blocks.
     """
 
     bounds: np.ndarray = field(default_factory=lambda: np.zeros((0, 1), np.int32))
     rows: int = 0
     begun: tuple[tuple[Tensor | None, ...], ...] = ()
     plans: dict[Any, Any] = field(default_factory=dict)
+    later: dict[tuple[BlockLayout, int, int], BlockLayout] = field(default_factory=dict)
 
     def continued(self, sequence: int, chunk: int) -> ContinuedDocument:
         return ContinuedDocument.of_chunk(self.bounds[sequence], chunk, self.rows)
+
+    def later_layout(self, layout: BlockLayout, first: int, length: int) -> BlockLayout:
+        """Return `layout` of `length` queries of a document from position `first` on.
+
+        Its kernels are scheduled on the host: a schedule depends on the micro batch's documents, and on the device its
+        making would wait each time.
+        """
+        begin, end = first // layout.block_size, -(-(first + length) // layout.block_size)
+        if (layout, begin, end) not in self.later:
+            blocks = np.arange(layout.num_query_blocks)
+            columns = np.where(blocks < end, blocks, -1)
+            rows = np.where(blocks >= begin, columns, -1)
+            host = HostLayout.cached(layout)
+            self.later[layout, begin, end] = renumber(host, rows, columns[None], end, end).copied_to(layout.device)
+        return self.later[layout, begin, end]
 
 
 def divided_documents(
