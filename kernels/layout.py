@@ -17,6 +17,7 @@ from .layout_builder import MaskRule, Rule, column_lines, compress, row_lines
 from .transfer import to_device
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
+_SCHEDULED_ON_HOST = 2**18  # kept pairs, of which a schedule takes 0.07 s
 # pattern index of each head, or of each head of each sequence
 Patterns = Sequence[int] | Sequence[Sequence[int]]
 
@@ -241,11 +242,14 @@ class BlockLayout:
     def copied_to(self, device: torch.device | str) -> BlockLayout:
         """Copy this layout to a device, and keep it for schedules.
 
-        Takes a layout on the host, which waits neither here nor where kernels run with the copy.
+        Takes a layout on the host, which waits neither here nor where kernels run with the copy. Schedules of very many
+        pairs take the host too long: the device makes them, and the host waits.
         """
         if torch.device(device) == self.device:
             return self
-        return self._with(**{name: to_device(x, device) for name, x in self._tensors().items()}, on_host=self)
+        copied = {name: to_device(x, device) for name, x in self._tensors().items()}
+        few = len(self.row_columns) <= _SCHEDULED_ON_HOST
+        return self._with(**copied, on_host=self if few else None)
 
     def columns_by_work(self, num_kv_heads: int) -> Tensor:
         """Call the function `columns_by_work` and cache its result."""

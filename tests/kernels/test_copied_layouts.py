@@ -49,3 +49,10 @@ def test_a_copied_layout_is_scheduled_without_reading_the_device(name: str) -> N
 def test_a_copy_to_its_own_device_is_the_layout() -> None:
     layout = long_columns()
     assert layout.copied_to("cpu") is layout
+
+
+def test_schedules_of_very_many_pairs_are_made_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = long_columns()
+    assert layout.copied_to("meta").on_host is layout
+    monkeypatch.setattr("s2train.kernels.layout._SCHEDULED_ON_HOST", len(layout.row_columns) - 1)
+    assert layout.copied_to("meta").on_host is None
