@@ -24,6 +24,7 @@ def overlap_communication(model: torch.nn.Module, exchange: Exchange) -> None:
 
     They are Megatron's, with sequence parallelism and without biases.
     """
+    inputs = _Inputs(exchange)
     for module in model.modules():
         if type(module) is ColumnParallelLinear:
             module.__class__ = OverlappedColumnLinear  # as Megatron's constructors have fixed classes
@@ -33,13 +34,13 @@ def overlap_communication(model: torch.nn.Module, exchange: Exchange) -> None:
             continue
         assert module.sequence_parallel
         assert module.bias is None
-        module.exchange = exchange
+        module.inputs = inputs
 
 
 class OverlappedColumnLinear(ColumnParallelLinear):
     """Column-parallel layer that multiplies a rank's rows while others are gathered."""
 
-    exchange: Exchange
+    inputs: "_Inputs"
 
     def _forward_impl(self, input: Tensor, weight: Tensor, **options: Any) -> Tensor:
         """Multiply all ranks' inputs by this rank's weight [n, h].
@@ -47,16 +48,18 @@ class OverlappedColumnLinear(ColumnParallelLinear):
         Inputs are [s / p, b, h], the output [s, b, n].
         """
         if _is_frozen(weight):
+            self.inputs.last = None
             frozen: Tensor = super()._forward_impl(input=input, weight=weight, **options)
             return frozen
-        out: Tensor = _GatheredProduct.apply(input, weight, self.exchange, self.gradient_accumulation_fusion)
+        out: Tensor = _GatheredProduct.apply(input, weight, self.inputs, self.gradient_accumulation_fusion)
+        self.inputs.last = out.grad_fn
         return out
 
 
 class OverlappedRowLinear(RowParallelLinear):
     """Row-parallel layer that multiplies rows for a rank while others' are sent."""
 
-    exchange: Exchange
+    inputs: "_Inputs"
 
     def forward(self, input_: Tensor) -> tuple[Tensor, None]:
         """Sum the ranks' products, and keep this rank's rows.
@@ -64,9 +67,10 @@ class OverlappedRowLinear(RowParallelLinear):
         Inputs are [s, b, k], weights [n, k], the output [s / p, b, n].
         """
         if _is_frozen(self.weight):
+            self.inputs.last = None
             out, _ = super().forward(input_)
         else:
-            out = _ScatteredProduct.apply(input_, self.weight, self.exchange, self.gradient_accumulation_fusion)
+            out = _ScatteredProduct.apply(input_, self.weight, self.inputs, self.gradient_accumulation_fusion)
         return out, None
 
 
@@ -78,44 +82,92 @@ def _is_frozen(weight: Tensor) -> bool:
     return torch.is_grad_enabled() and not weight.requires_grad
 
 
+class _Inputs:
+    """A model's exchange, and inputs gathered for gradients of weights.
+
+    Between the backward of a row-parallel layer and that of the column-parallel layer before it, attention or the MLP's
+    function is computed, and nothing is exchanged: the column-parallel layer's input is gathered meanwhile.
+
+    Attributes:
+        last: node of the last column-parallel layer in autograd's graph, if no row-parallel one followed.
+    """
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._ahead: tuple[Any, Gathering, Tensor] | None = None
+        self.last: Any = None
+
+    def gather(self, rows: Tensor) -> Gathering:
+        self._give_up()
+        return self._exchange.gather(rows)
+
+    def scatter(self, rows: Tensor, width: int) -> Scattering:
+        self._give_up()
+        return self._exchange.scatter(rows, width)
+
+    def gather_ahead(self, column: Any) -> None:
+        """Start to gather the input of a column-parallel layer's product."""
+        x, weight = column.saved_tensors
+        self._ahead = column, self.gather(_rows(x)), weight
+
+    def gathered(self, column: Any) -> tuple[Gathering, Tensor]:
+        """Return a product's input, under way, and its weight."""
+        if self._ahead is None or self._ahead[0] is not column:
+            self.gather_ahead(column)
+        assert self._ahead is not None
+        _, gathered, weight = self._ahead
+        self._ahead = None
+        return gathered, weight
+
+    def _give_up(self) -> None:
+        """End a gathering if another exchange comes before its use.
+
+        That happens if a column-parallel layer's gradients are not computed.
+        """
+        if self._ahead is not None:
+            _wait(self._ahead[1])
+            self._ahead = None
+
+
 class _GatheredProduct(torch.autograd.Function):
     """Product of all ranks' rows, gathered."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, exchange: Exchange, fused: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, inputs: _Inputs, fused: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.exchange, ctx.main_grad = exchange, _main_grad(weight, fused)
-        return _gathered_product(exchange.gather(_rows(x)), weight.t()).view(-1, x.shape[1], len(weight))
+        ctx.inputs, ctx.shape, ctx.main_grad = inputs, x.shape, _main_grad(weight, fused)
+        return _gathered_product(inputs.gather(_rows(x)), weight.t()).view(-1, x.shape[1], len(weight))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        rows, dout = _rows(x), _rows(dout)
-        gathered = ctx.exchange.gather(rows)  # while gradients are multiplied
-        dx = _scattered_product(ctx.exchange, dout, weight)
-        for _ in gathered:
-            pass
+        gathered, weight = ctx.inputs.gathered(ctx)
+        dout = _rows(dout)
+        dx = _scattered_product(ctx.inputs, dout, weight)
+        _wait(gathered)
         dweight = _weight_gradient(ctx.main_grad, weight, gathered.full, dout)  # while gradients are sent
-        return dx.sum().view_as(x), dweight, None, None
+        return dx.sum().view(ctx.shape), dweight, None, None
 
 
 class _ScatteredProduct(torch.autograd.Function):
     """Product of each rank's columns, reduce-scattered."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, exchange: Exchange, fused: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, inputs: _Inputs, fused: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.exchange, ctx.main_grad = exchange, _main_grad(weight, fused)
-        return _scattered_product(exchange, _rows(x), weight.t()).sum().view(-1, x.shape[1], len(weight))
+        ctx.inputs, ctx.main_grad = inputs, _main_grad(weight, fused)
+        ctx.column, inputs.last = inputs.last, None
+        return _scattered_product(inputs, _rows(x), weight.t()).sum().view(-1, x.shape[1], len(weight))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        gathered = ctx.exchange.gather(_rows(dout))
+        gathered = ctx.inputs.gather(_rows(dout))
         dx = _gathered_product(gathered, weight).view(x.shape)
         dweight = _weight_gradient(ctx.main_grad, weight, _rows(x), gathered.full)
+        if ctx.column is not None:
+            ctx.inputs.gather_ahead(ctx.column)
         return dx, dweight, None, None
 
 
@@ -132,9 +184,15 @@ def _gathered_product(gathered: Gathering, matrix: Tensor) -> Tensor:
     return out
 
 
-def _scattered_product(exchange: Exchange, rows: Tensor, matrix: Tensor) -> Scattering:
+def _wait(gathered: Gathering) -> None:
+    """Wait until all rows are there."""
+    for _ in gathered:
+        pass
+
+
+def _scattered_product(inputs: _Inputs, rows: Tensor, matrix: Tensor) -> Scattering:
     """Multiply rows [p m, k] by [k, n], and send the products."""
-    sums = exchange.scatter(rows, matrix.shape[1])
+    sums = inputs.scatter(rows, matrix.shape[1])
     for rank, part in sums:
         torch.mm(rows[rank * len(part) : (rank + 1) * len(part)], matrix, out=part)
     return sums

@@ -17,7 +17,7 @@ from s2train.megatron.gradient_sums import replace_apex
 from s2train.megatron.layer_backends import choose_backend
 from s2train.megatron.model import build_model, transformer_config, unwrap
 from s2train.megatron.overlapped_linear import overlap_communication
-from s2train.megatron.peer_exchange import Exchange, tensor_parallel_exchange
+from s2train.megatron.peer_exchange import Exchange, Gathering, Scattering, tensor_parallel_exchange
 from s2train.megatron.setup import initialize, shutdown
 from tests.inference.cached_models import BLOCK, VOCABULARY, hybrid_of
 
@@ -65,17 +65,52 @@ def results(pair: Pair, x: Tensor, dout: Tensor, recompute: bool) -> dict[str, T
     return {name: value for name, value in found.items() if value is not None}
 
 
-def errors(ranks: int, exchange: Exchange, fused: bool, recompute: bool) -> dict[str, float]:
-    """Of each result: the largest relative difference of all ranks."""
+def errors(ranks: int, exchange: Exchange, fused: bool, recompute: bool, in_vain: bool = False) -> dict[str, float]:
+    """Of each result: the largest relative difference of all ranks.
+
+    Args:
+        in_vain: before, gather an input ahead that no gradient needs.
+    """
     plain, overlapped = Pair(ranks, fused), Pair(ranks, fused)
     overlapped.load_state_dict(plain.state_dict())
     overlap_communication(overlapped, exchange)
     inputs = torch.randn(2, POSITIONS // ranks, BATCH, HIDDEN, device="cuda")
+    if in_vain:
+        torch.autograd.grad(overlapped(inputs[0].clone().requires_grad_()).sum(), overlapped.row.weight)
     expected, found = (results(pair, *inputs, recompute) for pair in (plain, overlapped))
     assert expected.keys() == found.keys()
     differences = torch.stack([(found[name] - value).norm() / value.norm() for name, value in expected.items()])
     torch.distributed.all_reduce(differences, op=torch.distributed.ReduceOp.MAX)
     return dict(zip(expected, differences.tolist(), strict=True))
+
+
+class Recorded:
+    """An exchange that adds names of calls to a list."""
+
+    def __init__(self, exchange: Exchange, calls: list[str]) -> None:
+        self._exchange, self._calls = exchange, calls
+
+    def gather(self, rows: Tensor) -> Gathering:
+        self._calls.append("gather")
+        return self._exchange.gather(rows)
+
+    def scatter(self, rows: Tensor, width: int) -> Scattering:
+        self._calls.append("scatter")
+        return self._exchange.scatter(rows, width)
+
+
+def order(ranks: int, exchange: Exchange) -> dict[str, list[str]]:
+    """Exchanges of a forward and a backward pass, and where the backward is between the layers."""
+    calls: list[str] = []
+    pair = Pair(ranks, fused=True)
+    overlap_communication(pair, Recorded(exchange, calls))
+    inner, _ = pair.column(torch.randn(POSITIONS // ranks, BATCH, HIDDEN, device="cuda"))
+    inner.register_hook(lambda _: calls.append("between"))
+    out, _ = pair.row(inner.sin())
+    forward = list(calls)
+    calls.clear()
+    out.sum().backward()
+    return {"forward": forward, "backward": calls}
 
 
 def small(ranks: int, overlap: bool, sequence_parallel: bool = True) -> PretrainConfig:
@@ -89,7 +124,7 @@ def overlapping(cfg: PretrainConfig, device: torch.device) -> list[str]:
     """Names of a run's linear layers that do."""
     layout = replace(hybrid_of("hybrid"), layers=hybrid_of("hybrid").layers[:1])
     (chunk,) = build_model(cfg, transformer_config(cfg), layout, choose_backend("local"), device)
-    return [name for name, module in unwrap(chunk).named_modules() if hasattr(module, "exchange")]
+    return [name for name, module in unwrap(chunk).named_modules() if hasattr(module, "inputs")]
 
 
 def main() -> None:
@@ -102,6 +137,8 @@ def main() -> None:
     assert exchange is not None
     found = {
         "errors": {str(case): errors(ranks, exchange, *case) for case in CASES},
+        "errors after a part": max(errors(ranks, exchange, *CASES[0], in_vain=True).values()),
+        "exchanges": order(ranks, exchange),
         "layers": {
             "of a run": overlapping(small(ranks, overlap=True), device),
             "without overlap": overlapping(small(ranks, overlap=False), device),

@@ -37,3 +37,15 @@ def test_all_linear_layers_of_a_run_do(found: dict[str, Any]) -> None:
 @pytest.mark.parametrize("case", ["without overlap", "decoding"])
 def test_no_layer_does(found: dict[str, Any], case: str) -> None:
     assert found["layers"][case] == []
+
+
+def test_inputs_are_gathered_ahead_of_gradients(found: dict[str, Any]) -> None:
+    """The row-parallel layer's backward gathers its gradient, then the column-parallel layer's input."""
+    forward, backward = found["exchanges"]["forward"], found["exchanges"]["backward"]
+    assert forward == ["gather", "scatter"]
+    assert backward == ["gather", "gather", "between", "scatter"]
+
+
+def test_gradients_of_some_weights_leave_the_others_right(found: dict[str, Any]) -> None:
+    """An input gathered ahead in vain doesn't disturb the exchanges that follow."""
+    assert found["errors after a part"] < 1e-6

@@ -114,7 +114,13 @@ def backward(memory: PeerMemory, turn: int) -> None:
     check_sums()
 
 
-@pytest.mark.parametrize("exchange", [forward, backward])
+def pair_backward(memory: PeerMemory, turn: int) -> None:
+    """Gather gradients, then inputs while other things are computed."""
+    gather(memory, turn)()
+    backward(memory, turn)
+
+
+@pytest.mark.parametrize("exchange", [forward, backward, pair_backward])
 def test_each_rank_gets_its_rows(on_every_rank: Runner, exchange: Callable[[PeerMemory, int], None]) -> None:
     """In turns, at any speed of the ranks: memory is written again when nobody needs it."""
 
