@@ -29,12 +29,11 @@ def _leading_sum_kernel(parts, out, size, COUNT: tl.constexpr, BLOCK: tl.constex
 _launch = Launcher(_leading_sum_kernel)
 
 
-def leading_sum(parts: Tensor) -> Tensor:
-    """Sum over the first dimension in float32.
+def leading_sum(parts: Tensor, out: Tensor) -> None:
+    """Write the sum over the first dimension, accumulated in float32.
 
-    float64 is summed in float64. `parts` is contiguous, [p, ...]; the result has its dtype, [...].
+    float64 is summed in float64. `parts` is contiguous, [p, ...]; `out` too, with one part's elements.
     """
-    out = torch.empty_like(parts[0])
     size = out.numel()
     accumulator = tl.float64 if parts.dtype == torch.float64 else tl.float32
     _launch(
@@ -42,4 +41,3 @@ def leading_sum(parts: Tensor) -> Tensor:
         (parts, out, size, len(parts), _ELEMENTS, accumulator),
         num_warps=8,
     )
-    return out

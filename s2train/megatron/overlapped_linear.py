@@ -136,17 +136,22 @@ class _GatheredProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, inputs: _Inputs, fused: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.inputs, ctx.shape, ctx.main_grad = inputs, x.shape, _main_grad(weight, fused)
-        return _gathered_product(inputs.gather(_rows(x)), weight.t()).view(-1, x.shape[1], len(weight))
+        gathered = inputs.gather(_rows(x))
+        out = x.new_empty(len(gathered.full) * len(x), x.shape[1], len(weight))
+        _multiply_gathered(gathered, weight.t(), out)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         gathered, weight = ctx.inputs.gathered(ctx)
         dout = _rows(dout)
-        dx = _scattered_product(ctx.inputs, dout, weight)
+        sums = _multiply_scattered(ctx.inputs, dout, weight)
         _wait(gathered)
         dweight = _weight_gradient(ctx.main_grad, weight, gathered.full, dout)  # while gradients are sent
-        return dx.sum().view(ctx.shape), dweight, None, None
+        dx = dout.new_empty(ctx.shape)
+        sums.sum(_rows(dx))
+        return dx, dweight, None, None
 
 
 class _ScatteredProduct(torch.autograd.Function):
@@ -157,14 +162,18 @@ class _ScatteredProduct(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.inputs, ctx.main_grad = inputs, _main_grad(weight, fused)
         ctx.column, inputs.last = inputs.last, None
-        return _scattered_product(inputs, _rows(x), weight.t()).sum().view(-1, x.shape[1], len(weight))
+        sums = _multiply_scattered(inputs, _rows(x), weight.t())
+        out = x.new_empty(len(x) // sums.ranks, x.shape[1], len(weight))
+        sums.sum(_rows(out))
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         gathered = ctx.inputs.gather(_rows(dout))
-        dx = _gathered_product(gathered, weight).view(x.shape)
+        dx = x.new_empty(x.shape)
+        _multiply_gathered(gathered, weight, dx)
         dweight = _weight_gradient(ctx.main_grad, weight, _rows(x), gathered.full)
         if ctx.column is not None:
             ctx.inputs.gather_ahead(ctx.column)
@@ -176,12 +185,14 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
-def _gathered_product(gathered: Gathering, matrix: Tensor) -> Tensor:
-    """Multiply rows [p, m, k] by [k, n] as they arrive."""
-    out = gathered.full.new_empty(*gathered.full.shape[:2], matrix.shape[1])
+def _multiply_gathered(gathered: Gathering, matrix: Tensor, out: Tensor) -> None:
+    """Multiply rows [p, m, k] by [k, n] as they arrive.
+
+    `out` is contiguous, [s, b, n]. It is no view that autograd would protect from being written again.
+    """
+    products = out.view(*gathered.full.shape[:2], -1)
     for rank in gathered:
-        torch.mm(gathered.full[rank], matrix, out=out[rank])
-    return out
+        torch.mm(gathered.full[rank], matrix, out=products[rank])
 
 
 def _wait(gathered: Gathering) -> None:
@@ -190,7 +201,7 @@ def _wait(gathered: Gathering) -> None:
         pass
 
 
-def _scattered_product(inputs: _Inputs, rows: Tensor, matrix: Tensor) -> Scattering:
+def _multiply_scattered(inputs: _Inputs, rows: Tensor, matrix: Tensor) -> Scattering:
     """Multiply rows [p m, k] by [k, n], and send the products."""
     sums = inputs.scatter(rows, matrix.shape[1])
     for rank, part in sums:

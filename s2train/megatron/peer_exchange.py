@@ -34,14 +34,16 @@ class Gathering(Protocol):
 class Scattering(Protocol):
     """Sums of all ranks' parts, of which each rank keeps its rows."""
 
+    ranks: int
+
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         """Yield a rank and memory for its part, this rank last.
 
         A part [m, w] is sent when the next is asked for.
         """
 
-    def sum(self) -> Tensor:
-        """Wait for all ranks' parts; return this rank's sums [m, w].
+    def sum(self, out: Tensor) -> None:
+        """Wait for all ranks' parts; write this rank's sums [m, w].
 
         Call it once, after iteration.
         """
@@ -171,6 +173,7 @@ class _Pushed:
     """Scatters by copying parts to the peers' slots, and sums this rank's."""
 
     def __init__(self, memory: PeerMemory, parts: Tensor) -> None:
+        self.ranks = memory.ranks
         self._memory, self._parts = memory, parts  # the peers': their slots may be in use while one is computed
         self._slots = memory.next_slot((parts.shape[1], parts.shape[2]), parts.dtype)
 
@@ -185,10 +188,10 @@ class _Pushed:
                 self._slots[peer][rank].copy_(part)
         yield rank, self._slots[rank][rank]
 
-    def sum(self) -> Tensor:
+    def sum(self, out: Tensor) -> None:
         torch.cuda.current_stream().wait_stream(self._memory._pushing)
         self._memory.barrier()
-        return leading_sum(self._slots[self._memory.rank])
+        leading_sum(self._slots[self._memory.rank], out)
 
 
 class Collectives:
@@ -218,12 +221,11 @@ class _Gathered:
 
 class _ReduceScattered:
     def __init__(self, group: ProcessGroup, parts: Tensor) -> None:
+        self.ranks = group.size()
         self._group, self._parts = group, parts
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         return enumerate(self._parts)
 
-    def sum(self) -> Tensor:
-        out = torch.empty_like(self._parts[0])
+    def sum(self, out: Tensor) -> None:
         torch.distributed.reduce_scatter_tensor(out, self._parts.flatten(0, 1), group=self._group)
-        return out
