@@ -11,9 +11,10 @@ Other GPUs are estimated as H100s scaled by the ratio of peak rates: FLOP/s for 
 for elementwise work and the optimizer, link bandwidth for communication. On H200s that predicts steps of a 125M model 6
 to 9 % too long (`2026-11-28-h200-quality-speed.json`), of the 1B hybrid 3 % too long, and of 7B layers up to 5 % too
 short (`2026-11-29-h200-library-steps-fused.json`, `-long-steps-te.json`); no other GPU was measured. The 1B hybrid on
-two and four H200s is predicted within 2 %, except four context parallel ranks, which wait for the host and take 7 %
-longer (`2026-11-29-h200x4-scaling.json`). More than four tensor or context parallel ranks, pipeline stages, and several
-machines are estimates too, from these assumptions:
+two and four H200s is predicted within 4 % (`2026-11-29-h200x4-scaling.json`, `2026-11-30-h200x2-scaling*.json`), except
+four context parallel ranks: they took 7 % longer, and 6 % less with larger micro batches and less work for the host
+(`2026-11-30-h200x4-scaling-micro-batch-2.json`). More than four tensor or context parallel ranks,
+pipeline stages, and several machines are estimates too, from these assumptions:
 
 - Ranks are numbered as in Megatron: tensor parallel ranks next to each other, then context, data and pipeline parallel.
 - A collective operation between machines uses the network card of each GPU that takes part: a ring of four GPUs of
@@ -39,6 +40,7 @@ from s2train.costs.attention_time import AttentionRates, Seconds, attention_seco
 from s2train.costs.exchange import exchange_mode
 from s2train.costs.implementations import Implementations
 from s2train.costs.memory import Chunks, data_parallel, micro_batches
+from s2train.costs.overlapped import Exchanges
 from s2train.costs.parameters import layer_parameters, mlp_parameters, stage_parameters
 from s2train.costs.stages import Stages
 from s2train.environment.hardware import GpuRates, Hardware, gpu_rates
@@ -80,6 +82,9 @@ _USED_MEMORY, _USED_LINK = 0.8, 0.69  # fractions of the peak
 _SLOWER_PRODUCTS = 0.09
 # Fraction of the link's peak that tensor parallel collectives reach, by ranks; the same file.
 _TP_LINK = {2: 0.47, 4: 0.56}
+# With overlap: the same of products, and of the link's peak that copy engines reach
+# (launch/results/2026-11-30-h200x2-scaling-overlap.json and its trace: 134 MB in 0.35 ms).
+_SLOWER_OVERLAPPED, _COPY_LINK = 0.02, 0.84
 # Context parallel: fraction of the link's peak that gathers reach (launch/results/2026-11-26-h100x2-cp-bytes.json), and
 # seconds per dense layer and micro batch that ranks wait for each other (2026-11-26-h100x2-scaling.json).
 _CP_LINK, _CP_WAIT = 0.4, 0.87e-3
@@ -198,6 +203,21 @@ def predict_step(
     )
 
 
+@dataclass(frozen=True)
+class _Waits:
+    """Seconds that a layer's products wait for tensor parallel ranks.
+
+    Attributes:
+        step: forward and backward.
+        forward: a repeated forward pass.
+        mlp: a repeated forward pass of the MLP.
+    """
+
+    step: float
+    forward: float
+    mlp: float
+
+
 class _Model:
     """Times of a micro batch, and of a step's ends.
 
@@ -228,27 +248,27 @@ class _Model:
         matmul = layer_parameters(model, layer).matmul
         linear = 6 * matmul / tp * self.tokens / self._products()
         of_activations = self.tokens * (model.hidden_size * self._elementwise_rate() - self._fused() / tp)
-        of_activations -= self.tokens * self._fused_sums()
+        of_activations += self._overlap_passes() - self.tokens * self._fused_sums()
         attention = self._attention(layer)
         exchange = self._context_parallel(layer)
-        units, again = self._tensor_parallel_units()
+        waits = self._tensor_parallel()
         found = StepTime(
             linear=linear,
             elementwise=of_activations,
             attention=attention.both,
-            communication=units * self._unit() + 2 * self._shared_projection() + exchange,
+            communication=waits.step + 2 * self._shared_projection() + exchange,
             host=_HOST,
         )
         if self.cfg.train.recompute == "full":
             third = (linear + of_activations) / 3
             # keys and values, not their gradients
-            repeated = again * self._unit() + self._shared_projection() + exchange / 2
+            repeated = waits.forward + self._shared_projection() + exchange / 2
             return found + StepTime(recomputation=third + attention.forward, communication=repeated)
         if self.cfg.train.recompute == "selective":
             return found + StepTime(recomputation=attention.forward)
         if self.cfg.train.recompute == "mlp":
             third = (linear * mlp_parameters(model) / matmul + _MLP_SHARE * of_activations) / 3
-            return found + StepTime(recomputation=third, communication=again / 2 * self._unit())
+            return found + StepTime(recomputation=third, communication=waits.mlp)
         return found
 
     def head(self) -> StepTime:
@@ -261,7 +281,7 @@ class _Model:
         return StepTime(
             linear=products * weights / tp * self.tokens / self._products(),
             elementwise=_LOSS[loss] * logits / self.memory + self._sum(weights),
-            communication=self._tensor_parallel_units()[0] / 2 * self._unit(),
+            communication=self._head_waits(weights, loss),
         )
 
     def sends(self) -> StepTime:
@@ -329,7 +349,9 @@ class _Model:
             rate *= 1.77
         elif self.te:
             rate *= 0.967
-        return rate * self.compute / (1 + _SLOWER_PRODUCTS * (self.cfg.parallel.tp > 1))
+        if self.cfg.parallel.tp > 1:
+            rate /= 1 + (_SLOWER_OVERLAPPED if self._overlaps() else _SLOWER_PRODUCTS)
+        return rate * self.compute
 
     def _elementwise_rate(self) -> float:
         """Return seconds per token and hidden dimension of a layer."""
@@ -376,15 +398,52 @@ class _Model:
         share = cfg.train.micro_batch_size * busiest / (cfg.parallel.tp * cfg.parallel.cp)
         return Seconds(share * seconds.forward, share * seconds.backward)
 
-    def _tensor_parallel_units(self) -> tuple[int, int]:
-        """Count exposed gathers and scatters of a layer's stream: step, repeated forward.
+    def _overlaps(self) -> bool:
+        parallel = self.cfg.parallel
+        return parallel.tp > 1 and parallel.sequence_parallel and parallel.tp_comm_overlap
 
-        The first number is forward and backward. With sequence parallelism, four more run beside the backward's
-        products.
-        """
-        if self.cfg.parallel.tp == 1:
-            return 0, 0
-        return (6, 4) if self.cfg.parallel.sequence_parallel else (8, 4)  # a sum is a scatter and a gather
+    def _tensor_parallel(self) -> "_Waits":
+        """Return what a layer's products wait for tensor parallel ranks."""
+        model, parallel = self.cfg.model, self.cfg.parallel
+        if parallel.tp == 1:
+            return _Waits(0.0, 0.0, 0.0)
+        if not self._overlaps():
+            # Gathers and scatters of the stream. With sequence parallelism four more run beside the backward's
+            # products; without it a sum is a scatter and a gather.
+            step = 6 if parallel.sequence_parallel else 8
+            return _Waits(step * self._unit(), 4 * self._unit(), 2 * self._unit())
+        queries, keys = model.num_attention_heads * head_dim(model), model.num_query_groups * head_dim(model)
+        widths = queries + 2 * keys, queries, 2 * model.ffn_hidden_size, model.ffn_hidden_size
+        qkv, proj, fc1, fc2 = (self._product(width * model.hidden_size) for width in widths)
+        exchanges = self._exchanges()
+        forward = exchanges.forward([qkv, proj, fc1, fc2])
+        return _Waits(forward + exchanges.backward([qkv, fc1], [proj, fc2]), forward, exchanges.forward([fc1, fc2]))
+
+    def _head_waits(self, weights: int, loss: str) -> float:
+        """Return what the LM head's products wait for tensor parallel ranks."""
+        parallel = self.cfg.parallel
+        if parallel.tp == 1:
+            return 0.0
+        if not self._overlaps() or loss == "linear":
+            return (3 if parallel.sequence_parallel else 4) * self._unit()
+        product = self._product(weights)
+        return self._exchanges().forward([product]) + self._exchanges().backward([product], [])
+
+    def _product(self, weights: int) -> float:
+        """Return seconds of a micro batch's forward product."""
+        return 2 * weights / self.cfg.parallel.tp * self.tokens / self._products()
+
+    def _exchanges(self) -> Exchanges:
+        tp = self.cfg.parallel.tp
+        return Exchanges(tp, self.tokens // tp * self.cfg.model.hidden_size * 2 / (_COPY_LINK * self.link))
+
+    def _overlap_passes(self) -> float:
+        """Return seconds per layer of copying and summing rows that are exchanged."""
+        if not self._overlaps():
+            return 0.0
+        tp = self.cfg.parallel.tp
+        passes = 4 * (1 + 1 / tp) + 6 * 2 / tp  # sums of all ranks' parts; copies of a rank's rows
+        return passes * self.tokens * self.cfg.model.hidden_size * 2 / self.bandwidth
 
     def _unit(self) -> float:
         """Return seconds to gather or scatter a micro batch's stream.
@@ -448,8 +507,8 @@ def _caveats(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> list[s
         found.append("no parallel.tp above 4 was measured")
     if cfg.parallel.cp > 4:
         found.append("no parallel.cp above 4 was measured")
-    if cfg.parallel.tp > 1 and cfg.parallel.tp_comm_overlap:
-        found.append("what parallel.tp_comm_overlap hides is not counted")
+    if cfg.parallel.tp > 2 and cfg.parallel.tp_comm_overlap:
+        found.append("parallel.tp_comm_overlap was measured on two ranks alone")
     if cfg.parallel.pp > 1:
         found.append("no pipeline was measured")
     if world_size > GPUS_PER_MACHINE:

@@ -113,12 +113,18 @@ def steps_of_scaling() -> Iterator[tuple[str, list[str], int, dict]]:
 def steps_of_four() -> Iterator[tuple[str, list[str], int, dict]]:
     """Name, settings, GPUs and record of each measured by `launch/scaling.py` on one to four H200s."""
     of_ranks = {"cp": "parallel.cp={}", "tp": "parallel.tp={} parallel.sequence_parallel=true loss=liger"}
-    for way, row in read("2026-11-29-h200x4-scaling.json")["parts"]["scaling"]["models"]["1b_hybrid"].items():
-        kind, gpus = (way[:2], int(way[2:])) if way != "one" else ("", 1)
-        batch = f"train.global_batch_size={2 * gpus if kind == 'dp' else 2}"
-        divided = of_ranks.get(kind, "").format(gpus).split()
-        kernels = ["dense_attention=fa4", "elementwise=liger", "loss=in_place"]
-        yield way, ["+model=1b_hybrid", "train.seq_length=32768", batch, *kernels, *divided], gpus, row
+    names = ["29-h200x4-scaling", "30-h200x4-scaling-micro-batch-2"]
+    names += [f"30-h200x2-scaling{batch}{overlap}" for batch in ("", "-micro-batch-2") for overlap in ("", "-overlap")]
+    for name in names:
+        found = read(f"2026-11-{name}.json")
+        measured = found["parts"]["scaling"]
+        settings = ["+model=1b_hybrid", "train.seq_length=32768", *found.get("asked", {}).get("settings", [])]
+        settings += [f"train.micro_batch_size={measured.get('micro_batch', 1)}"]
+        settings += ["dense_attention=fa4", "elementwise=liger", "loss=in_place"]
+        for way, row in measured["models"]["1b_hybrid"].items():
+            kind, gpus = (way[:2], int(way[2:])) if way != "one" else ("", 1)
+            batch = f"train.global_batch_size={2 * gpus if kind == 'dp' else 2}"
+            yield f"{name} {way}", [*settings, batch, *of_ranks.get(kind, "").format(gpus).split()], gpus, row
 
 
 def steps_of_libraries() -> Iterator[tuple[str, list[str], dict]]:
@@ -193,7 +199,7 @@ def test_a_step_measured_on_an_h200_is_met_by_an_h100s_scaled_rates(step: tuple[
 @pytest.mark.parametrize("step", FOUR_STEPS, ids=[step[0] for step in FOUR_STEPS])
 def test_steps_of_up_to_four_h200s_are_met_closely(step: tuple[str, list[str], int, dict]) -> None:
     name, settings, gpus, row = step
-    margin = 0.08 if name == "cp4" else 0.025  # cp4 waited for the host
+    margin = 0.08 if name.endswith("cp4") else 0.05  # four context parallel ranks waited for the host, less so later
     assert predicted(*settings, processes=gpus, gpu=H200).time.total == pytest.approx(row["step_time_s"], rel=margin)
 
 
@@ -276,8 +282,8 @@ def test_divisions_that_nobody_measured_are_estimates() -> None:
     assert "pipeline" in pipeline.caveats[0]
     overlap = ("+model=1b_hybrid", "parallel.tp_comm_overlap=true")
     assert not predicted(*overlap).caveats  # one rank communicates nothing
-    of_two = predicted(*overlap, "parallel.tp=2", "parallel.sequence_parallel=true", processes=2)
-    assert "tp_comm_overlap" in of_two.caveats[0]
+    of_four = predicted(*overlap, "parallel.tp=4", "parallel.sequence_parallel=true", processes=4)
+    assert "tp_comm_overlap" in of_four.caveats[0]
     assert any("machines of 8" in caveat for caveat in predicted(*SEVEN, processes=16).caveats)
 
 
