@@ -222,4 +222,5 @@ def _weight_gradient(main_grad: Tensor | None, weight: Tensor, inputs: Tensor, d
     if not hasattr(weight, "grad_added_to_main_grad"):
         return None
     weight.grad_added_to_main_grad = True
-    return torch.empty_like(weight)  # Megatron's hooks expect a gradient, and don't read it
+    # Megatron's hooks expect a gradient. They add it where embeddings with the same weight have another.
+    return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)

@@ -41,6 +41,7 @@ class Pair(nn.Module):
         for weight in self.parameters() if fused else ():
             weight.main_grad = torch.ones_like(weight)
             weight.grad_added_to_main_grad = False
+            weight.zero_out_wgrad = weight is self.column.weight  # as of embeddings that are the output layer too
 
     def forward(self, x: Tensor) -> Tensor:
         inner = self.column(x)[0].sin().transpose(0, 1).contiguous().transpose(0, 1)  # no row follows the one before
@@ -61,6 +62,8 @@ def results(pair: Pair, x: Tensor, dout: Tensor, recompute: bool) -> dict[str, T
         fused = hasattr(weight, "main_grad")
         assert not fused or weight.grad_added_to_main_grad
         assert weight.grad is not None  # Megatron's data parallelism waits for it
+        if fused and weight.zero_out_wgrad:  # and adds it
+            assert not weight.grad.any()
         found[name] = weight.main_grad if fused else weight.grad
     return {name: value for name, value in found.items() if value is not None}
 
@@ -132,6 +135,7 @@ def main() -> None:
     seed, ranks = map(int, sys.argv[1:])
     device = initialize(ParallelConfig(tp=ranks), seed)
     replace_apex()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills memory that nobody has written with NaN
     torch.manual_seed(seed + torch.distributed.get_rank())  # every rank has other inputs and weights
     exchange = tensor_parallel_exchange(small(ranks, overlap=True), device)
     assert exchange is not None
