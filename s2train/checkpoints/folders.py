@@ -148,9 +148,10 @@ def read_config(checkpoint: Path, setting: str = "checkpoint") -> PretrainConfig
         saved = OmegaConf.load(checkpoint / CONFIG)
         if isinstance(saved, DictConfig) and not OmegaConf.is_dict(saved.get("plan", {})):
             del saved["plan"]  # in an earlier version plan was a bool, and false in every training run
+        if OmegaConf.select(saved, "parallel.tp_comm_chunks") is not None:
+            del saved.parallel.tp_comm_chunks  # an earlier version's, which changed speed alone
         settings: Any = OmegaConf.to_container(saved)
         rename_saved(settings)
-        settings.get("parallel", {}).pop("tp_comm_chunks", None)  # an earlier version's, which changed speed alone
         defaults = OmegaConf.structured(PretrainConfig)
         defaults.optim.trunk_warmup_steps = 0  # earlier versions, which don't write it, had no such warm-up
         merged = OmegaConf.merge(defaults, settings)

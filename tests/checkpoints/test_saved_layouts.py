@@ -57,6 +57,21 @@ def test_a_run_of_an_earlier_version_has_no_warm_up_after_its_frozen_trunk(tmp_p
     assert changes_between(read_config(tmp_path), now) == []
 
 
+def test_a_run_of_an_earlier_version_resumes_without_its_chunks_of_communication(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(EARLIER + "parallel: {tp: 2, tp_comm_chunks: 4}\n")
+    now = config()
+    now.parallel.tp, now.schedule.kind = 2, "rotating"
+    resumed(now, tmp_path)
+    assert read_config(tmp_path).parallel == now.parallel
+
+
+@pytest.mark.parametrize("settings", ["parallel: null\nplan: {}\n", "[plan]\n"])
+def test_a_file_without_settings_is_rejected(settings: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(settings)
+    with pytest.raises(ConfigError, match=r"config\.yaml can't be read"):
+        read_config(tmp_path)
+
+
 def test_letters_and_ranges_are_read_as_they_were_saved(tmp_path: Path) -> None:
     pattern = PatternConfig("ranges", ranges=[[4, 1], [None, 2]])
     cfg = config(layers="DSSW", pattern=pattern, patterns={"W": WINDOW})
