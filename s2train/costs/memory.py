@@ -152,7 +152,8 @@ def teacher_bytes(cfg: PretrainConfig, layers: Sequence[LayerLayout], kind: str)
     forward = layer_activations(cfg, stream, kind)[0] + stream
     shape = attention_shape(model)
     targets = sum(layer.kind.target_bytes(layer, train.seq_length, shape) for layer in layers if layer.kind.teacher)
-    return weights * width + forward + targets * train.micro_batch_size // parallel.tp
+    peers = _peer_memory(cfg) if kind == "cuda" else 0  # besides the student's
+    return weights * width + forward + targets * train.micro_batch_size // parallel.tp + peers
 
 
 def _overhead(cfg: PretrainConfig, world_size: int) -> int:

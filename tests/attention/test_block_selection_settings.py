@@ -187,6 +187,17 @@ def test_the_plan_counts_what_the_teacher_gives_each_layer() -> None:
     assert check(config("top_k:3"), 1, CPU).memory.teacher == 0
 
 
+def test_the_plan_counts_memory_that_the_teachers_ranks_address() -> None:
+    division = ["layer_backend=local", "parallel.tp=2", "parallel.sequence_parallel=true"]
+    over_nccl, by_copies = (
+        preview(config("top_k:3,teacher:runs/x", *division, f"parallel.tp_comm_overlap={on}"), 2, H100).memory.teacher
+        for on in ("false", "true")
+    )
+    cfg = config("top_k:3")
+    tokens = cfg.train.micro_batch_size * cfg.train.seq_length
+    assert by_copies - over_nccl == 2 * tokens * cfg.model.hidden_size * 4  # two slots in fp32
+
+
 @pytest.mark.parametrize("scorer", SCORERS)
 def test_ready_made_models_fit_one_gpu(scorer: str) -> None:
     for size in ("tiny", "125m"):

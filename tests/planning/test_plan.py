@@ -190,6 +190,12 @@ def test_what_lies_outside_of_torch_grows_with_the_groups_that_communicate() -> 
     assert one.memory.overhead < eight.memory.overhead < spread.memory.overhead < 6 * GIB
 
 
+def test_memory_that_tensor_parallel_ranks_address_is_counted() -> None:
+    over_nccl, by_copies = (plan(config(tp=8, sequence_parallel=True, tp_comm_overlap=on), 8) for on in (False, True))
+    assert by_copies.memory.overhead - over_nccl.memory.overhead == 2 * 8192 * 4096 * 2  # two slots in bf16
+    assert plan(config(tp_comm_overlap=True), 1).memory == plan(config(), 1).memory
+
+
 def test_early_pipeline_stages_hold_more_micro_batches() -> None:
     cfg = config(pp=4)
     stages = [activations(cfg, stage) for stage in range(3)]
