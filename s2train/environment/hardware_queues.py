@@ -1,7 +1,7 @@
 """Makes communication on GPUs start in the order of calls.
 
-Megatron calls communication first and then the products that hide it. With several
-hardware queues the products can start first and take all multiprocessors; communication then waits for their end.
+Megatron calls communication first and then the products that hide it. With several hardware queues the products can
+start first and take all multiprocessors; communication then waits for their end.
 """
 
 import os

@@ -16,8 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from s2train.errors import ConfigError
 from s2train.megatron import peer_exchange
-from s2train.megatron.peer_exchange import PeerMemory
+from s2train.megatron.peer_exchange import PeerMemory, tensor_parallel_exchange
+from tests.validation.test_rejections import config
 
 RANKS, ROWS, WIDTH = 4, 3, 5
 Runner = Callable[[Callable[[PeerMemory], None]], None]
@@ -132,3 +134,20 @@ def test_each_rank_gets_its_rows(on_every_rank: Runner, exchange: Callable[[Peer
             exchange(memory, turn)
 
     on_every_rank(several)
+
+
+@pytest.mark.parametrize(
+    ("of_host", "message"),
+    [
+        ("3", "hosts of 3 processes don't hold whole groups of parallel.tp=2 ranks.*or parallel.tp to a divisor of 3"),
+        ("4", r"can't address each other's memory \(RuntimeError: no peers\). Set parallel.tp_comm_overlap=false"),
+    ],
+    ids=["groups across hosts", "without peer access"],
+)
+def test_gpus_that_can_not_exchange_are_rejected(of_host: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = config(parallel__tp=2, parallel__sequence_parallel=True, parallel__tp_comm_overlap=True)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", of_host)
+    monkeypatch.setattr(peer_exchange, "PeerMemory", mock.Mock(side_effect=RuntimeError("no peers")))
+    monkeypatch.setattr(peer_exchange.parallel_state, "get_tensor_model_parallel_group", mock.Mock())
+    with pytest.raises(ConfigError, match=f"^parallel.tp_comm_overlap=true: .*{message}"):
+        tensor_parallel_exchange(cfg, torch.device("cuda"))
