@@ -135,9 +135,10 @@ class PeerMemory:
     def _allocate(self, size: int) -> None:
         if size <= self._size:
             return
-        if self._size:
-            torch.distributed.all_reduce(torch.zeros(1, device=self._device), group=self._group)
-            torch.cuda.synchronize(self._device)  # nobody reads or writes the old memory
+        # Now nobody reads or writes the old memory. And ranks wait for each other here: torch's rendezvous would hold
+        # Python's lock meanwhile, and with it the watchdog's thread.
+        torch.distributed.all_reduce(torch.zeros(1, device=self._device), group=self._group)
+        torch.cuda.synchronize(self._device)
         self._size = -(-size // 256) * 256
         self._memory = symmetric_memory.empty(2 * self._size, dtype=torch.uint8, device=self._device)
         self._handle = symmetric_memory.rendezvous(self._memory, self._group)

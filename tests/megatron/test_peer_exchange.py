@@ -63,11 +63,16 @@ def on_every_rank() -> Iterator[Runner]:
         with ThreadPoolExecutor(RANKS) as pool:
             list(pool.map(one, RANKS * [function]))
 
+    def all_reduce(x: Tensor, group: Any) -> None:
+        barrier.wait()
+
     cuda = {"Stream": mock.Mock(), "current_stream": mock.Mock(), "stream": lambda _: nullcontext()}
+    cuda["synchronize"] = mock.Mock()
     memory = {"empty": torch.empty, "rendezvous": rendezvous}
     with (
         mock.patch.multiple(torch.cuda, **cuda),
         mock.patch.multiple(peer_exchange.symmetric_memory, **memory),
+        mock.patch.object(torch.distributed, "all_reduce", all_reduce),
         mock.patch.object(peer_exchange, "leading_sum", lambda parts, out: out.copy_(parts.sum(0))),
     ):
         yield all_of
@@ -132,6 +137,17 @@ def test_each_rank_gets_its_rows(on_every_rank: Runner, exchange: Callable[[Peer
         for turn in range(20):
             sleep(random.random() / 500)
             exchange(memory, turn)
+
+    on_every_rank(several)
+
+
+def test_memory_grows_with_the_rows(on_every_rank: Runner) -> None:
+    def several(memory: PeerMemory) -> None:
+        for rows in (ROWS, 2 * ROWS, 5 * ROWS, ROWS):
+            gathered = memory.gather(torch.full((rows, WIDTH), memory.rank, dtype=torch.float64))
+            assert len(list(gathered)) == RANKS
+            expected = torch.arange(RANKS, dtype=torch.float64)[:, None, None].expand(RANKS, rows, WIDTH)
+            assert gathered.full.equal(expected)
 
     on_every_rank(several)
 
