@@ -70,7 +70,7 @@ def tensor_parallel_exchange(cfg: PretrainConfig, device: torch.device) -> Excha
     together.
 
     Raises:
-        ConfigError: the group's GPUs can't address each other's memory.
+        ConfigError: the group's GPUs can't address each other's memory, or have none left.
     """
     parallel, train = cfg.parallel, cfg.train
     if parallel.tp == 1 or not (parallel.sequence_parallel and parallel.tp_comm_overlap):
@@ -87,7 +87,7 @@ def tensor_parallel_exchange(cfg: PretrainConfig, device: torch.device) -> Excha
     try:
         return PeerMemory(group, device, tokens * cfg.model.hidden_size * DTYPES[train.precision].itemsize)
     except RuntimeError as error:
-        problem = f"GPUs of tensor parallel ranks can't address each other's memory ({first_line(error)})"
+        problem = f"tensor parallel ranks can't share memory of their GPUs ({first_line(error)})"
         raise ConfigError(name, True, problem, remedy) from error
 
 

@@ -156,7 +156,7 @@ def test_memory_grows_with_the_rows(on_every_rank: Runner) -> None:
     ("of_host", "message"),
     [
         ("3", "hosts of 3 processes don't hold whole groups of parallel.tp=2 ranks.*or parallel.tp to a divisor of 3"),
-        ("4", r"can't address each other's memory \(RuntimeError: no peers\). Set parallel.tp_comm_overlap=false"),
+        ("4", r"can't share memory of their GPUs \(RuntimeError: no peers\). Set parallel.tp_comm_overlap=false"),
     ],
     ids=["groups across hosts", "without peer access"],
 )
