@@ -9,6 +9,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn import ModuleList
 
 from s2train.attention.hybrid import HybridLayout
 from s2train.config import PretrainConfig
@@ -119,7 +120,6 @@ def build_model(
     exchanges = [
         exchange_mode(layer, hybrid.num_query_groups, cfg.train.seq_length, cfg.parallel) for layer in hybrid.layers
     ]
-    exchange = tensor_parallel_exchange(cfg, device)
     built: list[GPTModel] = []
     stages: list[int | None] = [None] if cfg.parallel.vpp is None else list(range(cfg.parallel.vpp))
     for stage in stages:
@@ -149,9 +149,10 @@ def build_model(
             from s2train.megatron.summed_norm import fuse_sums  # not importable where Liger-Kernel is not installed
 
             fuse_sums(chunk.decoder)
-        if exchange is not None:
-            overlap_communication(chunk, exchange)
         built.append(chunk.to(device))
+    exchange = tensor_parallel_exchange(cfg, device)
+    if exchange is not None:
+        overlap_communication(ModuleList(built), exchange)
     if config.perform_initialization:
         draw_initial_weights(cfg.model, config, cfg.seed, built, device)
     return [Float16Module(config, chunk) if config.bf16 else chunk for chunk in built]

@@ -22,6 +22,8 @@ from s2train.megatron.peer_exchange import Exchange, Gathering, Scattering
 def overlap_communication(model: torch.nn.Module, exchange: Exchange) -> None:
     """Make a model's tensor parallel linear layers exchange rows while they compute.
 
+    Call it once for all chunks of a rank's model: they share what the exchange is doing.
+
     They are Megatron's, with sequence parallelism and without biases.
     """
     inputs = _Inputs(exchange)

@@ -22,6 +22,7 @@ from s2train.validation.attention_kinds import check_kinds
 from s2train.validation.division import check_division, multiple_of, smallest_world
 from s2train.validation.libraries import check_fa4_serves, check_kernel_settings, check_libraries
 from s2train.validation.optimizers import check_offload, check_optimizer, check_options
+from s2train.validation.overlap import check_overlap
 from s2train.validation.token_budgets import derive_steps
 from s2train.validation.transformer_engine import check_target, check_te
 from s2train.validation.values import check_choice, check_values
@@ -137,6 +138,7 @@ def check_planned_machine(cfg: PretrainConfig, hybrid: HybridLayout, hardware: H
     """
     if cfg.plan.device is not None:
         check_target(cfg, hardware)
+        check_overlap(cfg, hardware)
         check_fa4_serves(cfg, hybrid, hardware)
         return
     try:
@@ -150,6 +152,7 @@ def _check_machine(cfg: PretrainConfig, hybrid: HybridLayout, hardware: Hardware
     """Check that device and installed libraries have what the settings ask for."""
     check_attention_backend(cfg.attention_backend, hardware)
     check_te(cfg, hardware)
+    check_overlap(cfg, hardware)
     check_libraries(cfg, hybrid, hardware)
 
 

@@ -185,10 +185,6 @@ def _check_sequence(cfg: PretrainConfig) -> None:
             f"parallel.cp={parallel.cp} and sequence parallel over parallel.tp={parallel.tp} don't divide it",
             multiple_of("train.seq_length", length, unit),
         )
-    if parallel.tp > 1 and parallel.tp_comm_overlap and not parallel.sequence_parallel:
-        problem = "only communication of sequence parallel ranks overlaps"
-        remedy = "Set parallel.sequence_parallel=true, or parallel.tp_comm_overlap=false"
-        raise ConfigError("parallel.tp_comm_overlap", True, problem, remedy)
 
 
 def _check_world(cfg: PretrainConfig, world_size: int) -> None:

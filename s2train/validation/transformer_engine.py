@@ -4,7 +4,7 @@ import torch
 
 from s2train.config import PretrainConfig, head_dim
 from s2train.environment.hardware import Hardware
-from s2train.environment.transformer_engine import INSTALL, te_problem, uses_te
+from s2train.environment.transformer_engine import INSTALL, te_problem
 from s2train.errors import ConfigError
 
 # Least compute capability for each recipe.
@@ -17,9 +17,8 @@ def check_te(cfg: PretrainConfig, hardware: Hardware) -> None:
 
     Raises:
         ConfigError: transformer-engine is required, explicitly or by `fp8`, and is missing or broken; the GPU has no
-            FP8; FP8 GEMMs don't support a dimension; or it doesn't support `parallel.tp_comm_overlap`.
+            FP8; or FP8 GEMMs don't support a dimension.
     """
-    _check_overlap(cfg, hardware)
     wants_fp8 = cfg.fp8 != "none"
     if wants_fp8:
         check_fp8_settings(cfg)
@@ -44,7 +43,6 @@ def check_target(cfg: PretrainConfig, hardware: Hardware) -> None:
     Raises:
         ConfigError: settings that transformer-engine or FP8 doesn't support, or a GPU without FP8.
     """
-    _check_overlap(cfg, hardware)
     if cfg.fp8 != "none":
         check_fp8_settings(cfg)
         _check_capability(cfg, hardware)
@@ -75,13 +73,6 @@ def check_fp8_settings(cfg: PretrainConfig) -> None:
         if size % unit:
             problem = f"{setting} gives a rank's GEMMs a dimension of {size}, which is not a multiple of {unit}"
             raise ConfigError("fp8", cfg.fp8, problem, f"Change {setting}, or set fp8=none")
-
-
-def _check_overlap(cfg: PretrainConfig, hardware: Hardware) -> None:
-    name = "parallel.tp_comm_overlap"
-    if cfg.parallel.tp > 1 and cfg.parallel.tp_comm_overlap and uses_te(cfg, hardware):
-        problem = "transformer-engine's layers don't take it: they have another overlap, which s2train doesn't turn on"
-        raise ConfigError(name, True, problem, f"Set layer_backend=local fp8=none, or {name}=false")
 
 
 def _check_capability(cfg: PretrainConfig, hardware: Hardware) -> None:

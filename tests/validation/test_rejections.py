@@ -131,12 +131,6 @@ DIVISION: dict[str, tuple[dict[str, Any], int, str, str]] = {
         "train.seq_length",
         "4100",
     ),
-    "overlap without sequence parallel": (
-        {"parallel__tp": 2, "parallel__tp_comm_overlap": True},
-        2,
-        "parallel.tp_comm_overlap",
-        "parallel.sequence_parallel=true",
-    ),
     "sequence by cp and block": (
         {"parallel__cp": 2, "train__seq_length": 4096 + 64},
         2,

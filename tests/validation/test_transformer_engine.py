@@ -53,14 +53,6 @@ def test_fp8_is_accepted_if_transformer_engine_and_the_gpu_support_it() -> None:
 
 
 @pytest.mark.usefixtures("installed")
-def test_chunks_of_tensor_parallel_communication_are_rejected() -> None:
-    overlapped = {"layer_backend": "te", "parallel__tp_comm_overlap": True}
-    with pytest.raises(ConfigError, match=r"Set layer_backend=local .*or parallel.tp_comm_overlap=false"):
-        check(config(**overlapped, parallel__tp=2, parallel__sequence_parallel=True), 2, H100)
-    assert check(config(**overlapped), 1, H100).fits  # one rank communicates nothing
-
-
-@pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize(
     ("changes", "capability", "setting", "remedy"),
     [

@@ -1,0 +1,29 @@
+"""Checks what `parallel.tp_comm_overlap` needs."""
+
+from s2train.config import PretrainConfig
+from s2train.environment.hardware import Hardware
+from s2train.environment.transformer_engine import uses_te
+from s2train.errors import ConfigError
+
+_NVLINK = 100e9  # bytes/s: every NVLink that joins all GPUs of a machine is faster, and PCIe is slower
+
+
+def check_overlap(cfg: PretrainConfig, hardware: Hardware) -> None:
+    """Check `parallel.tp_comm_overlap` for a planned GPU.
+
+    Raises:
+        ConfigError: tensor parallel ranks aren't sequence parallel, layers are transformer-engine's, or GPUs of this
+            name are linked by PCIe, over which ranks can't wait in each other's memory.
+    """
+    name, parallel, remedy = "parallel.tp_comm_overlap", cfg.parallel, "parallel.tp_comm_overlap=false"
+    if parallel.tp == 1 or not parallel.tp_comm_overlap:
+        return
+    if not parallel.sequence_parallel:
+        problem = "only communication of sequence parallel ranks overlaps"
+        raise ConfigError(name, True, problem, f"Set parallel.sequence_parallel=true, or {remedy}")
+    if uses_te(cfg, hardware):
+        problem = "transformer-engine's layers don't take it: they have another overlap, which s2train doesn't turn on"
+        raise ConfigError(name, True, problem, f"Set layer_backend=local fp8=none, or {remedy}")
+    if hardware.rates is not None and hardware.rates.link < _NVLINK:
+        problem = f"{hardware.name} is linked by PCIe, over which ranks can't wait in each other's memory"
+        raise ConfigError(name, True, problem, f"Set {remedy}")
