@@ -40,9 +40,9 @@ from s2train.costs.attention_time import AttentionRates, Seconds, attention_seco
 from s2train.costs.exchange import exchange_mode
 from s2train.costs.implementations import Implementations
 from s2train.costs.memory import Chunks, data_parallel, micro_batches
-from s2train.costs.overlapped import Exchanges
 from s2train.costs.parameters import layer_parameters, mlp_parameters, stage_parameters
 from s2train.costs.stages import Stages
+from s2train.costs.tensor_parallel import TensorParallel, collective_share, slowdown
 from s2train.environment.hardware import GpuRates, Hardware, gpu_rates
 
 MARGIN = 0.1  # of a measured step
@@ -77,14 +77,6 @@ _SPLIT_SHARE = 0.3  # part of elementwise work between a layer's products, divid
 # (launch/results/2026-11-29-h200-library-steps.json). transformer-engine's took 17.5e-12 on an H100.
 _ADAM = 21.9e-12
 _USED_MEMORY, _USED_LINK = 0.8, 0.69  # fractions of the peak
-# Matrix products divided over tensor parallel ranks are slower, for two ranks and for four: they are smaller, and
-# collectives run beside them (2026-11-29-h200x4-scaling.json).
-_SLOWER_PRODUCTS = 0.09
-# Fraction of the link's peak that tensor parallel collectives reach, by ranks; the same file.
-_TP_LINK = {2: 0.47, 4: 0.56}
-# With overlap: the same of products, and of the link's peak that copy engines reach
-# (launch/results/2026-11-30-h200x2-scaling-overlap.json and its trace: 134 MB in 0.35 ms).
-_SLOWER_OVERLAPPED, _COPY_LINK = 0.02, 0.84
 # Context parallel: fraction of the link's peak that gathers reach (launch/results/2026-11-26-h100x2-cp-bytes.json), and
 # seconds per dense layer and micro batch that ranks wait for each other (2026-11-26-h100x2-scaling.json).
 _CP_LINK, _CP_WAIT = 0.4, 0.87e-3
@@ -203,21 +195,6 @@ def predict_step(
     )
 
 
-@dataclass(frozen=True)
-class _Waits:
-    """Seconds that a layer's products wait for tensor parallel ranks.
-
-    Attributes:
-        step: forward and backward.
-        forward: a repeated forward pass.
-        mlp: a repeated forward pass of the MLP.
-    """
-
-    step: float
-    forward: float
-    mlp: float
-
-
 class _Model:
     """Times of a micro batch, and of a step's ends.
 
@@ -241,6 +218,8 @@ class _Model:
         self.bandwidth, self.link = _USED_MEMORY * rates.memory, rates.link
         self.tokens = cfg.train.micro_batch_size * cfg.train.seq_length // cfg.parallel.cp
         self.attention = _attention_rates(cfg, hardware, impl, self.compute)
+        speed = self._speed(cfg.parallel.tp, used=collective_share(cfg.parallel.tp))
+        self.tensor_parallel = TensorParallel(cfg, self.tokens, self._products(), speed, self.link)
 
     def layer(self, layer: LayerLayout) -> StepTime:
         """Return a micro batch's time in one layer, forward and backward."""
@@ -248,10 +227,10 @@ class _Model:
         matmul = layer_parameters(model, layer).matmul
         linear = 6 * matmul / tp * self.tokens / self._products()
         of_activations = self.tokens * (model.hidden_size * self._elementwise_rate() - self._fused() / tp)
-        of_activations += self._overlap_passes() - self.tokens * self._fused_sums()
+        of_activations += self.tensor_parallel.copied() / self.bandwidth - self.tokens * self._fused_sums()
         attention = self._attention(layer)
         exchange = self._context_parallel(layer)
-        waits = self._tensor_parallel()
+        waits = self.tensor_parallel.layer()
         found = StepTime(
             linear=linear,
             elementwise=of_activations,
@@ -281,7 +260,7 @@ class _Model:
         return StepTime(
             linear=products * weights / tp * self.tokens / self._products(),
             elementwise=_LOSS[loss] * logits / self.memory + self._sum(weights),
-            communication=self._head_waits(weights, loss),
+            communication=self.tensor_parallel.head(weights, loss),
         )
 
     def sends(self) -> StepTime:
@@ -349,9 +328,7 @@ class _Model:
             rate *= 1.77
         elif self.te:
             rate *= 0.967
-        if self.cfg.parallel.tp > 1:
-            rate /= 1 + (_SLOWER_OVERLAPPED if self._overlaps() else _SLOWER_PRODUCTS)
-        return rate * self.compute
+        return rate * self.compute / slowdown(self.cfg.parallel)
 
     def _elementwise_rate(self) -> float:
         """Return seconds per token and hidden dimension of a layer."""
@@ -397,62 +374,6 @@ class _Model:
         busiest = 1 + rank_spread(layer, cfg.train.seq_length, cfg.parallel.tp)
         share = cfg.train.micro_batch_size * busiest / (cfg.parallel.tp * cfg.parallel.cp)
         return Seconds(share * seconds.forward, share * seconds.backward)
-
-    def _overlaps(self) -> bool:
-        parallel = self.cfg.parallel
-        return parallel.tp > 1 and parallel.sequence_parallel and parallel.tp_comm_overlap
-
-    def _tensor_parallel(self) -> "_Waits":
-        """Return what a layer's products wait for tensor parallel ranks."""
-        model, parallel = self.cfg.model, self.cfg.parallel
-        if parallel.tp == 1:
-            return _Waits(0.0, 0.0, 0.0)
-        if not self._overlaps():
-            # Gathers and scatters of the stream. With sequence parallelism four more run beside the backward's
-            # products; without it a sum is a scatter and a gather.
-            step = 6 if parallel.sequence_parallel else 8
-            return _Waits(step * self._unit(), 4 * self._unit(), 2 * self._unit())
-        queries, keys = model.num_attention_heads * head_dim(model), model.num_query_groups * head_dim(model)
-        widths = queries + 2 * keys, queries, 2 * model.ffn_hidden_size, model.ffn_hidden_size
-        qkv, proj, fc1, fc2 = (self._product(width * model.hidden_size) for width in widths)
-        exchanges = self._exchanges()
-        forward = exchanges.forward([qkv, proj, fc1, fc2])
-        return _Waits(forward + exchanges.backward([qkv, fc1], [proj, fc2]), forward, exchanges.forward([fc1, fc2]))
-
-    def _head_waits(self, weights: int, loss: str) -> float:
-        """Return what the LM head's products wait for tensor parallel ranks."""
-        parallel = self.cfg.parallel
-        if parallel.tp == 1:
-            return 0.0
-        if not self._overlaps() or loss == "linear":
-            return (3 if parallel.sequence_parallel else 4) * self._unit()
-        product = self._product(weights)
-        return self._exchanges().forward([product]) + self._exchanges().backward([product], [])
-
-    def _product(self, weights: int) -> float:
-        """Return seconds of a micro batch's forward product."""
-        return 2 * weights / self.cfg.parallel.tp * self.tokens / self._products()
-
-    def _exchanges(self) -> Exchanges:
-        tp = self.cfg.parallel.tp
-        return Exchanges(tp, self.tokens // tp * self.cfg.model.hidden_size * 2 / (_COPY_LINK * self.link))
-
-    def _overlap_passes(self) -> float:
-        """Return seconds per layer of copying and summing rows that are exchanged."""
-        if not self._overlaps():
-            return 0.0
-        tp = self.cfg.parallel.tp
-        passes = 4 * (1 + 1 / tp) + 6 * 2 / tp  # sums of all ranks' parts; copies of a rank's rows
-        return passes * self.tokens * self.cfg.model.hidden_size * 2 / self.bandwidth
-
-    def _unit(self) -> float:
-        """Return seconds to gather or scatter a micro batch's stream.
-
-        It is divided over tensor parallel ranks.
-        """
-        tp = self.cfg.parallel.tp
-        speed = self._speed(tp, used=_TP_LINK.get(tp, max(_TP_LINK.values())))
-        return self.tokens * self.cfg.model.hidden_size * 2 * (tp - 1) / tp / speed
 
     def _shared_projection(self) -> float:
         """Return seconds to gather the QKV projection's output.
