@@ -16,10 +16,12 @@ from s2train.costs.phases import Phase, phases
 from s2train.costs.stages import Balance, balance, layer_flops, pipeline_stages
 from s2train.costs.step_time import Prediction, predict_step
 from s2train.environment.hardware import Hardware
+from s2train.errors import ConfigError
 from s2train.planning.advice import memory_advice
 from s2train.planning.layout_summary import LetterSummary, summarise
 from s2train.planning.memory_budget import MemoryBudget
 from s2train.planning.remedies import memory_remedy
+from s2train.validation.overlap import check_overlap
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Plan:
     pipeline_by_cost: Balance  # with parallel.pipeline_split=cost
     memory: Memory  # of the fullest rank
     prediction: Prediction | None  # step time; None if nothing was measured for this case
+    with_overlap: Prediction | None  # with parallel.tp_comm_overlap; None if the run has it, or can't
     remedy: str | None  # settings that fit, if this plan doesn't
     advice: str | None  # faster settings that also fit, if this plan fits
 
@@ -110,9 +113,24 @@ def make_plan(cfg: PretrainConfig, hybrid: HybridLayout, world_size: int, hardwa
         pipeline_by_cost=balance(by_cost, costs, micro_batches(cfg, world_size)),
         memory=memory,
         prediction=predict_step(cfg, hybrid, stages, world_size, hardware, flops.sparse, impl),
+        with_overlap=None
+        if (overlapped := _overlapped(cfg, hardware)) is None
+        else predict_step(overlapped, hybrid, stages, world_size, hardware, flops.sparse, impl),
         remedy=None if fits else memory_remedy(cfg, world_size, budget),
         advice=memory_advice(cfg, world_size, budget) if fits else None,
     )
+
+
+def _overlapped(cfg: PretrainConfig, hardware: Hardware) -> PretrainConfig | None:
+    """Return the configuration with `parallel.tp_comm_overlap`; None if it has it, or can't."""
+    if cfg.parallel.tp == 1 or cfg.parallel.tp_comm_overlap:
+        return None
+    found = replace(cfg, parallel=replace(cfg.parallel, tp_comm_overlap=True))
+    try:
+        check_overlap(found, hardware)
+    except ConfigError:
+        return None
+    return found
 
 
 def layouts_nbytes(cfg: PretrainConfig, hybrid: HybridLayout, impl: Implementations) -> int:

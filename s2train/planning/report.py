@@ -19,6 +19,7 @@ from s2train.validation.division import vocabulary_for
 from s2train.validation.token_budgets import token_budgets
 
 _UNEVEN = 0.05  # imbalance of ranks from which on to suggest a remedy
+_FASTER = 0.95  # share of a step's time up to which to suggest a setting
 
 
 def format_plan(plan: Plan) -> str:
@@ -206,6 +207,9 @@ def _time(plan: Plan) -> list[tuple[str, str]]:
         ("  of which", ", ".join(f"{name} {part / seconds:.0%}" for name, part in shown.items())),
         ("  based on", basis(found)),
     ]
+    if plan.with_overlap is not None and plan.with_overlap.time.total < _FASTER * seconds:
+        faster = time_text(plan.with_overlap.time.total)
+        rows.append(("  faster", f"{faster} per step with parallel.tp_comm_overlap=true, by measurements of two ranks"))
     if found.slow_host_s is not None:
         slow = f"a slow host takes up to {1e3 * found.slow_host_s:.3g} ms to launch a layer, more than predicted here"
         rows.append(("  host", f"{slow}; larger micro batches take fewer launches"))

@@ -282,6 +282,20 @@ def test_the_report_contains_the_counts() -> None:
     assert "coverage at 8,192 tokens" in text
 
 
+def test_the_report_suggests_overlapped_communication() -> None:
+    found = preview(config(tp=8, sequence_parallel=True), 8, H100)
+    overlapped = preview(config(tp=8, sequence_parallel=True, tp_comm_overlap=True), 8, H100)
+    assert found.with_overlap == overlapped.prediction
+    assert overlapped.with_overlap is None
+    assert "per step with parallel.tp_comm_overlap=true" in format_plan(found)
+    assert "with parallel.tp_comm_overlap=true" not in format_plan(overlapped)
+
+
+@pytest.mark.parametrize("parallel", [{}, {"tp": 2}], ids=["one rank", "without sequence parallelism"])
+def test_overlap_is_not_suggested_where_it_can_do_nothing(parallel: dict[str, int | bool]) -> None:
+    assert preview(config(**parallel), 8, H100).with_overlap is None
+
+
 def test_the_report_suggests_settings_that_fit() -> None:
     found = preview(config(), 1, H100)
     text = format_plan(found)
