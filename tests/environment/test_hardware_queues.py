@@ -8,7 +8,7 @@ import torch
 
 from s2train.config import ParallelConfig
 from s2train.environment import hardware
-from s2train.environment.hardware_queues import order_communication, queues
+from s2train.environment.hardware_queues import COPIES, order_communication, queues
 
 NAME = "CUDA_DEVICE_MAX_CONNECTIONS"
 TP, CP, DP = ParallelConfig(tp=2), ParallelConfig(cp=2), ParallelConfig()
@@ -16,8 +16,8 @@ TP, CP, DP = ParallelConfig(tp=2), ParallelConfig(cp=2), ParallelConfig()
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The file by which this machine has a GPU; the variable and CUDA_VISIBLE_DEVICES aren't set."""
-    for name in (NAME, "CUDA_VISIBLE_DEVICES"):
+    """The file by which this machine has a GPU; the variables and CUDA_VISIBLE_DEVICES aren't set."""
+    for name in (NAME, COPIES, "CUDA_VISIBLE_DEVICES"):
         monkeypatch.setenv(name, "")  # so that what a test sets is removed
         monkeypatch.delenv(name)
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
@@ -33,6 +33,16 @@ def test_communicating_ranks_get_one_queue(parallel: ParallelConfig) -> None:
     assert order_communication(parallel) is None
     assert os.environ[NAME] == "1"
     assert queues() == f"{NAME}=1"
+
+
+@pytest.mark.usefixtures("gpu")
+def test_copies_between_ranks_keep_several_queues(monkeypatch: pytest.MonkeyPatch) -> None:
+    overlap = ParallelConfig(tp=2, tp_comm_overlap=True)
+    order_communication(overlap)
+    assert queues() == f"{NAME}=1 {COPIES}=8"
+    monkeypatch.setenv(COPIES, "2")
+    order_communication(overlap)
+    assert os.environ[COPIES] == "2"
 
 
 @pytest.mark.usefixtures("gpu")
