@@ -8,16 +8,20 @@ from typing import Any
 
 import torch
 
+from s2train.environment.hardware import detect
 from s2train.scaling.jobs import Job, Outcome, Runner
+from s2train.validation.overlap import can_overlap
 
 STEPS = 20
 _PLAIN = "parallel.distributed_optimizer=false"
+_OVERLAP = "parallel.tp_comm_overlap=true"
 
 # By number of processes; the remaining parallelism is data parallel.
 VARIANTS: dict[int, dict[str, tuple[str, ...]]] = {
     2: {
         "tp2": ("parallel.tp=2",),
         "tp2 sp": ("parallel.tp=2", "parallel.sequence_parallel=true"),
+        "tp2 overlap": ("parallel.tp=2", "parallel.sequence_parallel=true", _OVERLAP),
         "pp2": ("parallel.pp=2",),
         "cp2": ("parallel.cp=2",),
         "cp2 overlapped": ("parallel.cp=2", "parallel.cp_exchange=overlapped"),
@@ -27,6 +31,7 @@ VARIANTS: dict[int, dict[str, tuple[str, ...]]] = {
     },
     4: {
         "tp4 sp": ("parallel.tp=4", "parallel.sequence_parallel=true"),
+        "tp4 overlap": ("parallel.tp=4", "parallel.sequence_parallel=true", _OVERLAP),
         "pp4": ("parallel.pp=4",),
         "cp4": ("parallel.cp=4",),
         "cp4 gather": ("parallel.cp=4", "parallel.cp_exchange=gather"),
@@ -40,6 +45,7 @@ VARIANTS: dict[int, dict[str, tuple[str, ...]]] = {
         "dp8 distributed optimizer": (),
         "tp4 cp2": ("parallel.tp=4", "parallel.sequence_parallel=true", "parallel.cp=2"),
         "tp4 dp2": ("parallel.tp=4", "parallel.sequence_parallel=true"),
+        "tp4 dp2 overlap": ("parallel.tp=4", "parallel.sequence_parallel=true", _OVERLAP),
         "pp2 tp2 cp2": ("parallel.pp=2", "parallel.tp=2", "parallel.sequence_parallel=true", "parallel.cp=2"),
     },
 }
@@ -48,7 +54,8 @@ VARIANTS: dict[int, dict[str, tuple[str, ...]]] = {
 def parity(runner: Runner, model: str, attention_settings: Sequence[str], at_once: int = 1) -> Iterator[dict[str, Any]]:
     """Compare losses of all divisions with those of one process.
 
-    Over `STEPS` steps, for each of `VARIANTS` for the runner's devices. Plans all runs at once, and yields the result.
+    Over `STEPS` steps, for each of `VARIANTS` for the runner's devices; without overlap where PCIe links them. Plans
+    all runs at once, and yields the result.
 
     The tolerance is twice the largest relative difference over the steps between runs of one process that differ only
     in rounding: in the micro batch and, on a GPU, in the kernels of sparse and of dense layers. Context parallel
@@ -68,6 +75,8 @@ def parity(runner: Runner, model: str, attention_settings: Sequence[str], at_onc
     settings = {"start": common, "start plain": (*common, _PLAIN)}
     starts = [Job(name, 1, (*own, "train.exit_step=1"), saves=(1,)) for name, own in settings.items()]
     variants = VARIANTS[runner.devices]
+    if not can_overlap(detect()):
+        variants = {name: settings for name, settings in variants.items() if _OVERLAP not in settings}
 
     def job(name: str, processes: int, *settings: str) -> Job:
         start = "start plain" if _PLAIN in settings else "start"

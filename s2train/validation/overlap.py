@@ -8,6 +8,11 @@ from s2train.errors import ConfigError
 _NVLINK = 100e9  # bytes/s: every NVLink that joins all GPUs of a machine is faster, and PCIe is slower
 
 
+def can_overlap(hardware: Hardware) -> bool:
+    """Return whether ranks on this hardware may wait in each other's memory."""
+    return hardware.rates is None or hardware.rates.link >= _NVLINK
+
+
 def check_overlap(cfg: PretrainConfig, hardware: Hardware) -> None:
     """Check `parallel.tp_comm_overlap` for a planned GPU.
 
@@ -24,6 +29,6 @@ def check_overlap(cfg: PretrainConfig, hardware: Hardware) -> None:
     if uses_te(cfg, hardware):
         problem = "transformer-engine's layers don't take it: they have another overlap, which s2train doesn't turn on"
         raise ConfigError(name, True, problem, f"Set layer_backend=local fp8=none, or {remedy}")
-    if hardware.rates is not None and hardware.rates.link < _NVLINK:
+    if not can_overlap(hardware):
         problem = f"{hardware.name} is linked by PCIe, over which ranks can't wait in each other's memory"
         raise ConfigError(name, True, problem, f"Set {remedy}")
