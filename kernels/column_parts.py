@@ -16,7 +16,6 @@ from torch import Tensor
 from .configs import multiprocessors
 from .layout import BlockLayout
 from .topk_layout import Layout
-from .transfer import fields_to_device
 
 # Rows of queries, over all heads of a group, below which a column stays whole: 0.3 ms on an H100, where a program's
 # start and end take 5 us.
@@ -141,13 +140,16 @@ def column_parts(layout: Layout, num_kv_heads: int, sequences: int, rows: int) -
     """
     least = max(2, LEAST_ROWS // layout.block_size)
     key = ("column_parts", num_kv_heads, sequences, rows, least)
+
+    def build(source: Layout) -> ColumnParts | None:
+        return _column_parts(source, layout.device, num_kv_heads, sequences, rows, least)
+
     if not isinstance(layout, BlockLayout):
         if layout.num_query_blocks * (layout.num_heads // num_kv_heads) <= least:
             return None
-        return layout.built(key, lambda: _column_parts(layout, layout.device, num_kv_heads, sequences, rows, least))
+        return layout.built(key, lambda: build(layout))
     if key not in layout.cache:
-        parts = _column_parts(layout.on_host or layout, layout.device, num_kv_heads, sequences, rows, least)
-        layout.cache[key] = None if parts is None else fields_to_device(parts, layout.device)
+        layout.cache[key] = layout.scheduled(build)
     found: ColumnParts | None = layout.cache[key]
     return found
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,12 +14,13 @@ from torch import Tensor
 from .call import Call
 from .handles import register
 from .layout_builder import MaskRule, Rule, column_lines, compress, row_lines
-from .transfer import to_device
+from .transfer import fields_to_device, to_device
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 _SCHEDULED_ON_HOST = 2**18  # kept pairs, of which a schedule takes 0.07 s
 # pattern index of each head, or of each head of each sequence
 Patterns = Sequence[int] | Sequence[Sequence[int]]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,6 +251,17 @@ class BlockLayout:
         copied = {name: to_device(x, device) for name, x in self._tensors().items()}
         few = len(self.row_columns) <= _SCHEDULED_ON_HOST
         return self._with(**copied, on_host=self if few else None)
+
+    def scheduled(self, build: Callable[[BlockLayout], T]) -> T:
+        """Build a schedule, on the host if this is a copy.
+
+        Args:
+            build: takes this layout, or the one that it is a copy of, and returns a dataclass or None.
+        Returns:
+            its tensors are on this layout's device.
+        """
+        built = build(self.on_host or self)
+        return built if built is None else fields_to_device(built, self.device)
 
     def columns_by_work(self, num_kv_heads: int) -> Tensor:
         """Call the function `columns_by_work` and cache its result."""

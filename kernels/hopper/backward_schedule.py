@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..layout import BlockLayout
-from ..transfer import fields_to_device
 from .pair_parts import PairParts, cut_pairs
 from .program_order import program_order
 from .shared_tiles import SharedTiles, divide, shared_tiles
@@ -75,9 +74,9 @@ def backward_schedule(
     if key not in kept:
         while len(kept) >= _LENGTHS_KEPT:
             del kept[next(iter(kept))]
-        source = layout.on_host or layout
-        built = _build(source, layout.device, num_kv_heads, s_q, s_k, query_offset, causal, copies, options)
-        kept[key] = fields_to_device(built, layout.device)
+        kept[key] = layout.scheduled(
+            lambda source: _build(source, layout.device, num_kv_heads, s_q, s_k, query_offset, causal, copies, options)
+        )
     return kept[key]
 
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ..layout import BlockLayout
-from ..transfer import fields_to_device
 
 TILE = 128  # query rows per tile, and keys per step
 _HALVES = 2  # of 64 rows, each computed by one warpgroup
@@ -60,8 +59,7 @@ def forward_schedule(layout: BlockLayout, *, causal: bool, query_end: int, s_k: 
     key = ("hopper_forward_schedule", causal, tail is None)
     cached = layout.cache.get(key)
     if cached is None or cached[0] != tail:
-        built = _build(layout.on_host or layout, causal, tail)
-        cached = layout.cache[key] = (tail, fields_to_device(built, layout.device))
+        cached = layout.cache[key] = (tail, layout.scheduled(lambda source: _build(source, causal, tail)))
     schedule: ForwardSchedule = cached[1]
     return schedule
 
