@@ -199,6 +199,11 @@ class ParallelConfig:
     overlap_grad_reduce: bool = True  # needs dp > 1
     overlap_param_gather: bool = True  # needs the distributed optimizer as well
 
+    @property
+    def tp_overlaps(self) -> bool:
+        """Whether tensor parallel ranks exchange rows while products run."""
+        return self.tp > 1 and self.sequence_parallel and self.tp_comm_overlap
+
 
 @dataclass
 class TrainConfig:

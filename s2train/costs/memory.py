@@ -172,7 +172,7 @@ def _overhead(cfg: PretrainConfig, world_size: int) -> int:
 def _peer_memory(cfg: PretrainConfig) -> int:
     """Return bytes that tensor parallel ranks address: two slots of rows."""
     model, train, parallel = cfg.model, cfg.train, cfg.parallel
-    if parallel.tp == 1 or not parallel.tp_comm_overlap:
+    if not parallel.tp_overlaps:
         return 0
     width = 2 if train.precision == "bf16" else 4
     return 2 * train.seq_length // parallel.cp * train.micro_batch_size * model.hidden_size * width

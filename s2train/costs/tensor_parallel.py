@@ -16,16 +16,11 @@ _SLOWER_OVERLAPPED, _COPY_LINK = 0.02, 0.84
 _WIDTH = 2  # bytes of an element
 
 
-def overlaps(parallel: ParallelConfig) -> bool:
-    """Return whether rows are exchanged while products run."""
-    return parallel.tp > 1 and parallel.sequence_parallel and parallel.tp_comm_overlap
-
-
 def slowdown(parallel: ParallelConfig) -> float:
     """Return the factor by which divided products take longer."""
     if parallel.tp == 1:
         return 1.0
-    return 1 + (_SLOWER_OVERLAPPED if overlaps(parallel) else _SLOWER_PRODUCTS)
+    return 1 + (_SLOWER_OVERLAPPED if parallel.tp_overlaps else _SLOWER_PRODUCTS)
 
 
 def collective_share(ranks: int) -> float:
@@ -70,7 +65,7 @@ class TensorParallel:
         model, parallel = self.cfg.model, self.cfg.parallel
         if parallel.tp == 1:
             return Waits(0.0, 0.0, 0.0)
-        if not overlaps(parallel):
+        if not parallel.tp_overlaps:
             # Gathers and scatters of the stream. With sequence parallelism four more run beside the backward's
             # products; without it a sum is a scatter and a gather.
             step = 6 if parallel.sequence_parallel else 8
@@ -92,14 +87,14 @@ class TensorParallel:
         parallel = self.cfg.parallel
         if parallel.tp == 1:
             return 0.0
-        if not overlaps(parallel) or loss == "linear":
+        if not parallel.tp_overlaps or loss == "linear":
             return (3 if parallel.sequence_parallel else 4) * self._unit()
         product = self._product(weights)
         return self._exchanges().forward([product]) + self._exchanges().backward([product], [])
 
     def copied(self) -> float:
         """Return bytes that a layer's overlapped exchanges move within a GPU."""
-        if not overlaps(self.cfg.parallel):
+        if not self.cfg.parallel.tp_overlaps:
             return 0.0
         tp = self.cfg.parallel.tp
         passes = 4 * (1 + 1 / tp) + 6 * 2 / tp  # sums of all ranks' parts; copies of a rank's rows

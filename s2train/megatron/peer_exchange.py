@@ -73,7 +73,7 @@ def tensor_parallel_exchange(cfg: PretrainConfig, device: torch.device) -> Excha
         ConfigError: the group's GPUs can't address each other's memory, or have none left.
     """
     parallel, train = cfg.parallel, cfg.train
-    if parallel.tp == 1 or not (parallel.sequence_parallel and parallel.tp_comm_overlap):
+    if not parallel.tp_overlaps:
         return None
     group = parallel_state.get_tensor_model_parallel_group()
     if device.type == "cpu":

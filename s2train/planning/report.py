@@ -61,7 +61,7 @@ def format_plan(plan: Plan) -> str:
     if not plan.sparse_letters:
         rows = [row for row in rows if row[0] not in ("sparse", "density")]
     sequence = ", sequence parallel" if parallel.sequence_parallel else ""
-    if sequence and parallel.tp_comm_overlap:
+    if parallel.tp_overlaps:
         sequence += " with overlap"
     virtual = f", vpp {parallel.vpp}" if parallel.vpp else ""
     title = (
