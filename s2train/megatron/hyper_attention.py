@@ -14,6 +14,7 @@ from s2train.attention.kind import LayerLayout
 from s2train.kernels.attention import Backend, block_sparse_attention
 from s2train.kernels.dense import dense_causal_attention
 from s2train.kernels.hyper import hyper_attention
+from s2train.kernels.transfer import to_device
 from s2train.megatron.core_attention import CausalCoreAttention, PackedDocuments
 
 
@@ -108,9 +109,7 @@ class HyperCoreAttention(CausalCoreAttention):
         group = self.shape.num_heads // self.shape.num_query_groups
         heads = range(first // group * group, last, group)
         seeds = [self.random_seed(head - first, purpose, each_step=each_step) for head in heads]
-        values = torch.tensor(seeds, dtype=torch.int64)
-        # From pageable memory the host would wait for the device, in every layer.
-        return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
+        return to_device(torch.tensor(seeds, dtype=torch.int64), device)  # else the host would wait in every layer
 
 
 @dataclass(frozen=True)
