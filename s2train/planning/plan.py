@@ -88,6 +88,11 @@ def make_plan(cfg: PretrainConfig, hybrid: HybridLayout, world_size: int, hardwa
     flops = token_flops(cfg.model, hybrid, seq_length)
     sparse = [layer for layer in hybrid.layers if not layer.is_dense]
     densities = {layer: density(layer, seq_length) for layer in set(sparse)}
+    overlapped = _overlapped(cfg, hardware)
+
+    def predicted(run: PretrainConfig) -> Prediction | None:
+        return predict_step(run, hybrid, stages, world_size, hardware, flops.sparse, impl)
+
     return Plan(
         cfg=cfg,
         world_size=world_size,
@@ -112,10 +117,8 @@ def make_plan(cfg: PretrainConfig, hybrid: HybridLayout, world_size: int, hardwa
         pipeline=balance(stages, costs, micro_batches(cfg, world_size)),
         pipeline_by_cost=balance(by_cost, costs, micro_batches(cfg, world_size)),
         memory=memory,
-        prediction=predict_step(cfg, hybrid, stages, world_size, hardware, flops.sparse, impl),
-        with_overlap=None
-        if (overlapped := _overlapped(cfg, hardware)) is None
-        else predict_step(overlapped, hybrid, stages, world_size, hardware, flops.sparse, impl),
+        prediction=predicted(cfg),
+        with_overlap=None if overlapped is None else predicted(overlapped),
         remedy=None if fits else memory_remedy(cfg, world_size, budget),
         advice=memory_advice(cfg, world_size, budget) if fits else None,
     )
