@@ -13,8 +13,8 @@ to 9 % too long (`2026-11-28-h200-quality-speed.json`), of the 1B hybrid 3 % too
 short (`2026-11-29-h200-library-steps-fused.json`, `-long-steps-te.json`); no other GPU was measured. The 1B hybrid on
 two and four H200s is predicted within 4 % (`2026-11-29-h200x4-scaling.json`, `2026-11-30-h200x2-scaling*.json`), except
 four context parallel ranks: they took 7 % longer, and 6 % less with larger micro batches and less work for the host
-(`2026-11-30-h200x4-scaling-micro-batch-2.json`). More than four tensor or context parallel ranks,
-pipeline stages, and several machines are estimates too, from these assumptions:
+(`2026-11-30-h200x4-scaling-micro-batch-2.json`). More than four tensor or context parallel ranks, pipeline stages, and
+several machines are estimates too, from these assumptions:
 
 - Ranks are numbered as in Megatron: tensor parallel ranks next to each other, then context, data and pipeline parallel.
 - A collective operation between machines uses the network card of each GPU that takes part: a ring of four GPUs of

@@ -199,7 +199,9 @@ def test_a_step_measured_on_an_h200_is_met_by_an_h100s_scaled_rates(step: tuple[
 @pytest.mark.parametrize("step", FOUR_STEPS, ids=[step[0] for step in FOUR_STEPS])
 def test_steps_of_up_to_four_h200s_are_met_closely(step: tuple[str, list[str], int, dict]) -> None:
     name, settings, gpus, row = step
-    margin = 0.08 if name.endswith("cp4") else 0.05  # four context parallel ranks waited for the host, less so later
+    margin = 0.025 if name.startswith("29") else 0.05  # later hosts had less to do than the prediction counts
+    if name.endswith("cp4"):
+        margin = 0.08  # four context parallel ranks waited for the host
     assert predicted(*settings, processes=gpus, gpu=H200).time.total == pytest.approx(row["step_time_s"], rel=margin)
 
 
