@@ -1,15 +1,16 @@
 """Predict attention time from FLOPs and query rows.
 
 The prediction is FLOPs at a fixed rate, plus a time per query row. The rate does not depend on the mask. Both terms are
-fitted to the committed benchmark of an H100 (`kernels/results/2026-11-22-h100-benchmarks.json`, bf16, head dim 128, 8k
-to 128k tokens, densities 0.03 to 1) by least squares on relative error. The time per row is independent of what the row
-keeps (q, out, the end of the softmax; in the backward the sums of dq). It explains why sparse masks run at lower rates.
-The prediction is within 5 % of each forward measurement, 9 % of each backward one, and 13 % of each ratio to dense. At
-512k and 1M tokens the measured forward takes 7 to 21 % longer than predicted, the backward 10 to 32 %. Long columns
-split over programs and the choices of `kernels/hopper/backward_config.py` came later, and are not in these rates.
+fitted by least squares on relative error to benchmarks of an H200 (`kernels/results/2026-11-29-h200-benchmarks.json`,
+`-sparse-peers.json`: bf16, head dims 128 and 64, 8k to 128k tokens, densities 0.03 to 1), where dense attention takes
+what it takes on an H100. The time per row is independent of what the row keeps (q, out, the end of the softmax; in the
+backward the sums of dq). It explains why sparse masks run at lower rates. The prediction is within 7 % of each forward
+measurement, and 9 % of each backward one, in blocks of 64 and of 128, with grouped heads and without. Longer sequences
+were measured with older kernels alone: at 512k and 1M tokens, passes reached 88 to 101 % of their rates at 128k.
 
-Rates of dense layers with head dim 64, and of the portable kernels, come from profiled steps
-(`launch/results/2026-11-26-h100x2-scaling.json`, `2026-11-26-h100-te-breakdown.json`).
+Rates with head dim 64 in dense layers and in blocks of 64, and those of the portable kernels, come from profiled steps
+(`launch/results/2026-11-26-h100x2-scaling.json`, `2026-11-30-h200x2-scaling.json`,
+`2026-11-26-h100-te-breakdown.json`).
 """
 
 from dataclasses import dataclass, fields, replace
@@ -40,8 +41,9 @@ class Rate:
 
 _DENSE_FIELDS = ("dense_forward", "dense_backward", "narrow_dense_forward", "narrow_dense_backward")
 # From `kernels/results/2026-11-28-h100-dense-check.json`, times the fraction of cuDNN's standalone rates that steps
-# reach: 0.98, and 0.895 with head dim 64.
-_DENSE = {"fa4": (655e12, 610e12, 474e12, 481e12), "s2train": (650e12, 588e12, 385e12, 414e12)}
+# reach: 0.98, and 0.895 with head dim 64. FlashAttention-4 with head dim 64 took 69.5 and 180.5 ms of profiled 1B steps
+# (median; `launch/results/2026-11-30-h200x2-scaling*.json` and `2026-11-29-h200-library-steps-fused.json`).
+_DENSE = {"fa4": (655e12, 610e12, 506e12, 487e12), "s2train": (650e12, 588e12, 385e12, 414e12)}
 # Fraction of the rate that a deterministic backward reaches.
 _DETERMINISTIC = {"fa4": 0.865, "s2train": 0.51, "flash": 0.585}
 
@@ -51,19 +53,20 @@ class AttentionRates:
     """Attention speed of one device; the defaults are an H100's (see above).
 
     Attributes:
-        forward, backward: sparse layers in blocks of 128 tokens and more.
-        forward_64, backward_64: in smaller blocks (measured with 64; smaller ones are slower).
-        backward_grouped, backward_64_grouped: with several query heads per KV head, whose loads coincide less.
+        forward, backward: sparse layers (measured in blocks of 64 and more; smaller ones are slower).
+        narrow_forward, narrow_backward: with head dims up to 64.
+        narrow_forward_64, narrow_backward_64: the same in blocks smaller than 128.
         dense_forward, dense_backward: dense layers with cuDNN.
         narrow_dense_forward, narrow_dense_backward: the same with head dims up to 64.
     """
 
-    forward: Rate = Rate(715e12, 0.160e-9)
-    backward: Rate = Rate(605e12, 1.789e-9)
-    backward_grouped: Rate = Rate(541e12, 1.071e-9)
-    forward_64: Rate = Rate(734e12, 0.264e-9)
-    backward_64: Rate = Rate(578e12, 1.715e-9)
-    backward_64_grouped: Rate = Rate(551e12, 2.439e-9)
+    forward: Rate = Rate(713e12, 0.149e-9)
+    backward: Rate = Rate(640e12, 0.807e-9)
+    narrow_forward: Rate = Rate(495e12, 0.078e-9)
+    narrow_backward: Rate = Rate(560e12, 0.447e-9)
+    # 0.82 and 0.74 times as fast: 33.1 and 90.6 ms of the profiled 1B steps that `_DENSE` names
+    narrow_forward_64: Rate = Rate(406e12, 0.095e-9)
+    narrow_backward_64: Rate = Rate(414e12, 0.604e-9)
     dense_forward: Rate = Rate(620e12)
     dense_backward: Rate = Rate(545e12)
     narrow_dense_forward: Rate = Rate(436e12)
@@ -74,9 +77,12 @@ class AttentionRates:
         return AttentionRates(**{field.name: getattr(self, field.name).scaled(factor) for field in fields(self)})
 
     def portable(self) -> "AttentionRates":
-        """Return rates with portable kernels in sparse layers, not Hopper's."""
+        """Return rates with portable kernels in sparse layers, not Hopper's.
+
+        Steps with both were profiled before Hopper's backward became 1.31 times as fast (8k tokens): 1.56 times then.
+        """
         slower = {
-            field.name: getattr(self, field.name).scaled(1 / (1.96 if "forward" in field.name else 1.56))
+            field.name: getattr(self, field.name).scaled(1 / (1.96 if "forward" in field.name else 2.05))
             for field in fields(self)
             if "dense" not in field.name
         }
@@ -116,6 +122,14 @@ class AttentionRates:
             return self.narrow_dense_forward, self.narrow_dense_backward
         return self.dense_forward, self.dense_backward
 
+    def of_sparse(self, head_dim: int, block_size: int) -> tuple[Rate, Rate]:
+        """Return forward and backward rates of a sparse layer."""
+        if head_dim > 64:
+            return self.forward, self.backward
+        if block_size >= 128:
+            return self.narrow_forward, self.narrow_backward
+        return self.narrow_forward_64, self.narrow_backward_64
+
 
 @dataclass(frozen=True)
 class Seconds:
@@ -129,19 +143,10 @@ class Seconds:
         return self.forward + self.backward
 
 
-def attention_seconds(
-    layer: LayerLayout, num_query_groups: int, seq_length: int, head_dim: int, rates: AttentionRates
-) -> Seconds:
+def attention_seconds(layer: LayerLayout, seq_length: int, head_dim: int, rates: AttentionRates) -> Seconds:
     """Predict the time of one layer's attention over one sequence."""
     flops, rows = attention_flops(layer, seq_length, head_dim), len(layer.heads) * seq_length
-    if layer.is_dense:
-        forward, backward = rates.of_dense(head_dim)
-    else:
-        grouped = num_query_groups < len(layer.heads)
-        if layer.block_size >= 128:
-            forward, backward = rates.forward, rates.backward_grouped if grouped else rates.backward
-        else:
-            forward, backward = rates.forward_64, rates.backward_64_grouped if grouped else rates.backward_64
+    forward, backward = rates.of_dense(head_dim) if layer.is_dense else rates.of_sparse(head_dim, layer.block_size)
     return Seconds(forward.seconds(flops, rows), backward.seconds(BACKWARD_FLOPS * flops, rows))
 
 

@@ -174,7 +174,7 @@ def _layer_costs(
         backward_flops=int(BACKWARD_FLOPS * forward),
         traffic=attention_traffic(layer, num_query_groups, seq_length, dim),
         cache=cache_tokens(layer, num_query_groups, seq_length),
-        seconds=attention_seconds(layer, num_query_groups, seq_length, dim, rates),
+        seconds=attention_seconds(layer, seq_length, dim, rates),
     )
 
 

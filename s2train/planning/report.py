@@ -221,7 +221,7 @@ def basis(found: Prediction) -> str:
     layers = "transformer-engine's layers" if found.te else "layer_backend=local"
     if found.caveats:
         return f"an estimate, {layers}: {'; '.join(found.caveats)}"
-    return f"steps measured on H100s, {layers}, reproduced within {MARGIN:.0%}"
+    return f"steps measured on H100s and H200s, {layers}, reproduced within {MARGIN:.0%}"
 
 
 def _ranks(plan: Plan) -> list[tuple[str, str]]:

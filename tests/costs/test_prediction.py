@@ -11,8 +11,12 @@ from s2train.costs.attention_time import AttentionRates, attention_seconds, dens
 from s2train.costs.prediction import LENGTHS, Efficiency, known_lengths, linear_rate, model_costs
 from s2train.layouts.patterns import MaskPattern
 
-RESULTS = Path(__file__).parents[2] / "kernels" / "results" / "2026-11-22-h100-benchmarks.json"
-CASES = [case for case in json.loads(RESULTS.read_text())["cases"] if 8192 <= case["length"] <= 131_072]
+RESULTS = Path(__file__).parents[2] / "kernels" / "results"
+CASES = [
+    case
+    for name in ("2026-11-29-h200-benchmarks", "2026-11-29-h200-benchmarks-sparse-peers")
+    for case in json.loads((RESULTS / f"{name}.json").read_text())["cases"]
+]
 MODEL = ModelConfig(
     name="m", num_layers=4, hidden_size=4096, ffn_hidden_size=14336, num_attention_heads=32, num_query_groups=8,
     vocab_size=32768,
@@ -36,14 +40,19 @@ def test_predicted_times_are_near_the_measured_ones(case: dict) -> None:
         "S", block=case["block"], local=case["local"], stride=case["stride"], heads=case["heads"],
         groups=case["kv_heads"], num_layers=1,
     )  # fmt: skip
-    rates = AttentionRates()
-    ours = attention_seconds(hybrid.layers[0], case["kv_heads"], case["length"], case["dim"], rates)
-    dense = dense_seconds(case["heads"], case["length"], case["dim"], rates)
-    measured, peer = (case["results"][name]["ms"] for name in ("ours", "cudnn"))
-    assert ours.forward * 1e3 == pytest.approx(measured["forward"], rel=0.05)
-    assert ours.backward * 1e3 == pytest.approx(measured["backward"], rel=0.1)
-    assert dense.both / ours.both == pytest.approx(peer["both"] / measured["both"], rel=0.14)
-    assert dense.both * 1e3 == pytest.approx(peer["both"], rel=0.07)
+    ours = attention_seconds(hybrid.layers[0], case["length"], case["dim"], AttentionRates())
+    measured = case["results"]["ours"]["ms"]
+    assert ours.forward * 1e3 == pytest.approx(measured["forward"], rel=0.07)
+    assert ours.backward * 1e3 == pytest.approx(measured["backward"], rel=0.09)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "cudnn" in case["results"]], ids=lambda case: case["case"])
+@pytest.mark.parametrize("name", ["cudnn", "fa4"])
+def test_predicted_dense_times_are_near_the_measured_ones(case: dict, name: str) -> None:
+    dense = dense_seconds(case["heads"], case["length"], case["dim"], AttentionRates().dense_by(name))
+    assert dense.both * 1e3 == pytest.approx(
+        case["results"][name]["ms"]["both"], rel=0.13 if case["dim"] == 64 else 0.07
+    )
 
 
 def test_a_dense_model_gains_nothing() -> None:
@@ -80,7 +89,7 @@ def test_linear_rates_join_the_measured_sizes() -> None:
 
 
 def test_measured_linear_rates_are_those_of_the_file() -> None:
-    content = json.loads((RESULTS.parents[2] / "launch" / "results" / "2026-11-22-h100-linear.json").read_text())
+    content = json.loads((RESULTS.parents[1] / "launch" / "results" / "2026-11-22-h100-linear.json").read_text())
     for hidden, name in ((768, "125m"), (1024, "350m"), (2048, "1b"), (4096, "7b")):
         assert linear_rate(hidden) == pytest.approx(content["tflops"][name]["layer"] * 1e12, rel=0.01)
 
