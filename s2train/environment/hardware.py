@@ -62,6 +62,7 @@ class Hardware:
         memory: bytes; a GPU's own memory, or this rank's share of the RAM.
         rates: peak rates; None if unknown.
         capability: CUDA compute capability; None on a CPU or if unknown.
+        per_machine: GPUs that the run has on each machine, one per rank; None on a CPU or if unknown.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Hardware:
     memory: int
     rates: GpuRates | None = None
     capability: tuple[int, int] | None = None
+    per_machine: int | None = None
 
     def peak_flops(self, precision: str) -> float | None:
         """Return the FLOP/s that MFU refers to; None if unknown.
@@ -103,7 +105,8 @@ def detect(local_rank: int = 0, local_world_size: int = 1) -> Hardware:
         )
     properties = torch.cuda.get_device_properties(local_rank)
     capability = (properties.major, properties.minor)
-    return Hardware(properties.name, "cuda", properties.total_memory, gpu_rates(properties.name), capability)
+    name = properties.name
+    return Hardware(name, "cuda", properties.total_memory, gpu_rates(name), capability, local_world_size)
 
 
 def detect_own() -> Hardware:

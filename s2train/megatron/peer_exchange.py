@@ -6,7 +6,6 @@ multiprocessors stay with the products that hide the exchange; NCCL's kernels ta
 Shapes: p ranks have m rows of width w each.
 """
 
-import os
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -78,17 +77,12 @@ def tensor_parallel_exchange(cfg: PretrainConfig, device: torch.device) -> Excha
     group = parallel_state.get_tensor_model_parallel_group()
     if device.type == "cpu":
         return Collectives(group)
-    name, remedy = "parallel.tp_comm_overlap", "Set parallel.tp_comm_overlap=false"
-    of_host = int(os.environ.get("LOCAL_WORLD_SIZE", parallel.tp))
-    if of_host % parallel.tp:
-        problem = f"hosts of {of_host} processes don't hold whole groups of parallel.tp={parallel.tp} ranks"
-        raise ConfigError(name, True, problem, f"{remedy}, or parallel.tp to a divisor of {of_host}")
     tokens = train.seq_length // parallel.cp * train.micro_batch_size
     try:
         return PeerMemory(group, device, tokens * cfg.model.hidden_size * DTYPES[train.precision].itemsize)
     except RuntimeError as error:
         problem = f"tensor parallel ranks can't share memory of their GPUs ({first_line(error)})"
-        raise ConfigError(name, True, problem, remedy) from error
+        raise ConfigError("parallel.tp_comm_overlap", True, problem, "Set parallel.tp_comm_overlap=false") from error
 
 
 class PeerMemory:

@@ -63,7 +63,7 @@ def check(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> Plan:
     check_division(cfg, world_size)
     _check_profiled_ranks(cfg, world_size)
     hybrid = _hybrid(cfg, hardware)
-    _check_machine(cfg, hybrid, hardware)
+    _check_machine(cfg, hybrid, world_size, hardware)
     plan = make_plan(cfg, hybrid, world_size, hardware)
     check_memory(plan)
     return plan
@@ -126,11 +126,11 @@ def asked_plan(cfg: PretrainConfig, world_size: int) -> Plan:
     """
     ranks, hardware = planned_for(cfg, world_size)
     plan = preview(cfg, ranks, hardware)
-    check_planned_machine(cfg, hybrid_layout(cfg), hardware)
+    check_planned_machine(cfg, hybrid_layout(cfg), plan.world_size, hardware)
     return plan
 
 
-def check_planned_machine(cfg: PretrainConfig, hybrid: HybridLayout, hardware: Hardware) -> None:
+def check_planned_machine(cfg: PretrainConfig, hybrid: HybridLayout, world_size: int, hardware: Hardware) -> None:
     """Check a plan's device; for this machine, also its libraries.
 
     Raises:
@@ -138,21 +138,21 @@ def check_planned_machine(cfg: PretrainConfig, hybrid: HybridLayout, hardware: H
     """
     if cfg.plan.device is not None:
         check_target(cfg, hardware)
-        check_overlap(cfg, hardware)
+        check_overlap(cfg, world_size, hardware)
         check_fa4_serves(cfg, hybrid, hardware)
         return
     try:
-        _check_machine(cfg, hybrid, hardware)
+        _check_machine(cfg, hybrid, world_size, hardware)
     except ConfigError as error:
         remedy = f"{error.remedy.rstrip('.')}. plan.device=h100-80gb plans for another machine."
         raise ConfigError(error.setting, error.value, error.problem, remedy) from None
 
 
-def _check_machine(cfg: PretrainConfig, hybrid: HybridLayout, hardware: Hardware) -> None:
+def _check_machine(cfg: PretrainConfig, hybrid: HybridLayout, world_size: int, hardware: Hardware) -> None:
     """Check that device and installed libraries have what the settings ask for."""
     check_attention_backend(cfg.attention_backend, hardware)
     check_te(cfg, hardware)
-    check_overlap(cfg, hardware)
+    check_overlap(cfg, world_size, hardware)
     check_libraries(cfg, hybrid, hardware)
 
 

@@ -88,7 +88,7 @@ def make_plan(cfg: PretrainConfig, hybrid: HybridLayout, world_size: int, hardwa
     flops = token_flops(cfg.model, hybrid, seq_length)
     sparse = [layer for layer in hybrid.layers if not layer.is_dense]
     densities = {layer: density(layer, seq_length) for layer in set(sparse)}
-    overlapped = _overlapped(cfg, hardware)
+    overlapped = _overlapped(cfg, world_size, hardware)
 
     def predicted(run: PretrainConfig) -> Prediction | None:
         return predict_step(run, hybrid, stages, world_size, hardware, flops.sparse, impl)
@@ -124,13 +124,13 @@ def make_plan(cfg: PretrainConfig, hybrid: HybridLayout, world_size: int, hardwa
     )
 
 
-def _overlapped(cfg: PretrainConfig, hardware: Hardware) -> PretrainConfig | None:
+def _overlapped(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> PretrainConfig | None:
     """Return the configuration with `parallel.tp_comm_overlap`; None if it has it, or can't."""
     if cfg.parallel.tp == 1 or cfg.parallel.tp_comm_overlap:
         return None
     found = replace(cfg, parallel=replace(cfg.parallel, tp_comm_overlap=True))
     try:
-        check_overlap(found, hardware)
+        check_overlap(found, world_size, hardware)
     except ConfigError:
         return None
     return found

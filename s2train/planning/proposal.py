@@ -33,7 +33,7 @@ def propose(cfg: PretrainConfig) -> Search:
     check_settings(cfg, hardware)
     gpus, cfg = _number(cfg), _undivided(cfg)
     hybrid = hybrid_layout(cfg)
-    check_planned_machine(cfg, hybrid, hardware)
+    check_planned_machine(cfg, hybrid, gpus, hardware)
     _check_predictable(cfg, hybrid, hardware)
     found = search(cfg, hybrid, gpus, hardware)
     if not found.fitting and not found.too_large:

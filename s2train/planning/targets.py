@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from s2train.config import PretrainConfig
 from s2train.costs.memory import GIB
+from s2train.costs.step_time import GPUS_PER_MACHINE
 from s2train.environment.hardware import Hardware, detect_own, gpu_rates
 from s2train.errors import ConfigError
 from s2train.validation.division import smallest_world
@@ -55,7 +56,8 @@ def target_gpu(name: str) -> Hardware:
         remedy = f"Did you mean {' or '.join(f'plan.device={known}' for known in near)}? There are {', '.join(NAMES)}"
         raise ConfigError("plan.device", name, problem, remedy)
     target = _TARGETS[found[0]]
-    return Hardware(target.name, "cuda", int(target.memory * GIB), gpu_rates(target.name), target.capability)
+    rates, memory = gpu_rates(target.name), int(target.memory * GIB)
+    return Hardware(target.name, "cuda", memory, rates, target.capability, GPUS_PER_MACHINE)
 
 
 def rates_basis(hardware: Hardware) -> str:
@@ -90,4 +92,6 @@ def planned_for(cfg: PretrainConfig, world_size: int) -> tuple[int, Hardware]:
     hardware = detect_own()
     if hardware.kind == "cpu" and count is not None:  # all processes share this machine's RAM
         hardware = replace(hardware, memory=hardware.memory * world_size // count)
+    if hardware.kind == "cuda" and (count is not None or world_size % copy):  # other processes than those of this job
+        hardware = replace(hardware, per_machine=GPUS_PER_MACHINE)
     return count or world_size, hardware

@@ -42,7 +42,7 @@ class SlurmLauncher(SweepLauncher):
 
         Each job checks its memory itself.
         """
-        return Hardware("a node's GPU", "cuda", sys.maxsize)
+        return Hardware("a node's GPU", "cuda", sys.maxsize, per_machine=self.settings.nproc_per_node)
 
     def world_size(self) -> int:
         """Number of processes of a job."""

@@ -13,12 +13,13 @@ def can_overlap(hardware: Hardware) -> bool:
     return hardware.rates is None or hardware.rates.link >= _NVLINK
 
 
-def check_overlap(cfg: PretrainConfig, hardware: Hardware) -> None:
-    """Check `parallel.tp_comm_overlap` for a planned GPU.
+def check_overlap(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> None:
+    """Check `parallel.tp_comm_overlap` for planned GPUs.
 
     Raises:
-        ConfigError: tensor parallel ranks aren't sequence parallel, layers are transformer-engine's, or GPUs of this
-            name are linked by PCIe, over which ranks can't wait in each other's memory.
+        ConfigError: tensor parallel ranks aren't sequence parallel, layers are transformer-engine's, GPUs of this name
+            are linked by PCIe, over which ranks can't wait in each other's memory, or a group of tensor parallel ranks
+            is spread over machines.
     """
     name, parallel, remedy = "parallel.tp_comm_overlap", cfg.parallel, "parallel.tp_comm_overlap=false"
     if parallel.tp == 1 or not parallel.tp_comm_overlap:
@@ -32,3 +33,9 @@ def check_overlap(cfg: PretrainConfig, hardware: Hardware) -> None:
     if not can_overlap(hardware):
         problem = f"{hardware.name} is linked by PCIe, over which ranks can't wait in each other's memory"
         raise ConfigError(name, True, problem, f"Set {remedy}")
+    of_machine = hardware.per_machine
+    if of_machine is not None and world_size > of_machine and of_machine % parallel.tp:
+        gpus = "1 GPU" if of_machine == 1 else f"{of_machine} GPUs"
+        problem = f"ranks wait in each other's memory, and machines of {gpus} don't hold whole groups of"
+        problem += f" parallel.tp={parallel.tp} ranks"
+        raise ConfigError(name, True, problem, f"Set {remedy}, or parallel.tp to a divisor of {of_machine}")

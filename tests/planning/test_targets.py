@@ -1,5 +1,7 @@
 """`plan.device=…` plans for GPUs that are not here."""
 
+from dataclasses import replace
+
 import pytest
 from s2train.kernels import dense_choice
 
@@ -61,6 +63,23 @@ def test_a_gpu_without_fp8_is_rejected_where_fp8_is_asked_for() -> None:
     with pytest.raises(ConfigError, match=r"fp8=hybrid: NVIDIA A100.* below 8.9"):
         plan_of("+model=1b_hybrid", "plan.device=a100-80gb", "fp8=hybrid")
     assert "transformer-engine's layers" in plan_of("+model=1b_hybrid", "plan.device=h100-80gb", "fp8=hybrid")
+
+
+@pytest.mark.parametrize("count", [(), ("plan.count=32",)])
+def test_overlap_of_ranks_on_two_machines_is_rejected(count: tuple[str, ...]) -> None:
+    division = ("parallel.tp=16", "parallel.sequence_parallel=true")
+    cfg = ("+model=7b_hybrid", "plan.device=h100-80gb", *count, *division)
+    assert "parallel.tp_comm_overlap=true" not in plan_of(*cfg)  # as advice
+    with pytest.raises(ConfigError, match=r"^parallel.tp_comm_overlap=true: .*machines of 8 GPUs .*parallel.tp=16"):
+        plan_of(*cfg, "parallel.tp_comm_overlap=true")
+
+
+def test_other_processes_than_this_jobs_are_planned_on_machines_of_8_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "detect_own", lambda: replace(target_gpu("h100"), per_machine=1))
+    cfg = compose_run(["+model=7b_hybrid", "plan=true"])
+    assert cfg.parallel.tp == 8
+    assert planned_for(cfg, 1)[1].per_machine == 8
+    assert planned_for(cfg, 8)[1].per_machine == 1
 
 
 def test_a_machine_without_a_gpu_names_the_settings_to_plan_for_some() -> None:

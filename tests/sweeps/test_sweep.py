@@ -138,6 +138,14 @@ def test_slurm_scripts_are_written_without_slurm_and_submitted_only_with_it(
     assert all("#SBATCH --partition=gpu\n" in script.read_text() for script in scripts)
 
 
+def test_a_slurm_job_whose_ranks_overlap_across_nodes_is_rejected(tmp_path: Path) -> None:
+    launcher = ("hydra/launcher=s2train_slurm", "hydra.launcher.submit=false", "hydra.launcher.nodes=2")
+    overlap = ("parallel.tp=2", "parallel.sequence_parallel=true", "parallel.tp_comm_overlap=true,false")
+    outcome = sweep(tmp_path / "mine", *launcher, *overlap)
+    assert outcome.status == 2
+    assert "machines of 1 GPU don't hold whole groups of parallel.tp=2" in outcome.err
+
+
 @pytest.mark.slow
 def test_a_sweeper_that_waits_for_slurm_gets_its_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tools, python = tmp_path / "bin", forking_python(tmp_path)

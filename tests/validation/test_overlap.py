@@ -36,5 +36,20 @@ def test_gpus_with_nvlink_and_unknown_ones_take_it() -> None:
     assert check(config(**OVERLAP), 2, GPU).fits
 
 
+@pytest.mark.parametrize(("tp", "gpus", "problem"), [(4, 6, "machines of 6 GPUs"), (2, 1, "machines of 1 GPU ")])
+def test_groups_of_ranks_across_machines_are_rejected(tp: int, gpus: int, problem: str) -> None:
+    machine = replace(NVLINK, per_machine=gpus)
+    with pytest.raises(ConfigError, match=problem) as rejection:
+        check(config(**{**OVERLAP, "parallel__tp": tp}), 8, machine)
+    assert rejection.value.setting == "parallel.tp_comm_overlap"
+    assert f"=false, or parallel.tp to a divisor of {gpus}" in rejection.value.remedy
+
+
+def test_whole_groups_on_each_machine_and_a_group_on_part_of_one_take_it() -> None:
+    four = {**OVERLAP, "parallel__tp": 4}
+    assert check(config(**four), 16, replace(NVLINK, per_machine=4)).fits
+    assert check(config(**four), 4, replace(NVLINK, per_machine=6)).fits
+
+
 def test_one_tensor_parallel_rank_takes_it_anywhere() -> None:
     assert check(config(parallel__tp_comm_overlap=True), 1, PCIE).fits
