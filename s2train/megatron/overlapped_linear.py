@@ -8,6 +8,7 @@ checkpoints.
 Shapes: p ranks hold s / p positions of b sequences each: m = s b / p rows.
 """
 
+import weakref
 from typing import Any
 
 import torch
@@ -50,11 +51,11 @@ class OverlappedColumnLinear(ColumnParallelLinear):
         Inputs are [s / p, b, h], the output [s, b, n].
         """
         if _is_frozen(weight):
-            self.inputs.last = None
+            self.inputs.forget()
             frozen: Tensor = super()._forward_impl(input=input, weight=weight, **options)
             return frozen
         out: Tensor = _GatheredProduct.apply(input, weight, self.inputs, self.gradient_accumulation_fusion)
-        self.inputs.last = out.grad_fn
+        self.inputs.remember(out.grad_fn)
         return out
 
 
@@ -69,7 +70,7 @@ class OverlappedRowLinear(RowParallelLinear):
         Inputs are [s, b, k], weights [n, k], the output [s / p, b, n].
         """
         if _is_frozen(self.weight):
-            self.inputs.last = None
+            self.inputs.forget()
             out, _ = super().forward(input_)
         else:
             out = _ScatteredProduct.apply(input_, self.weight, self.inputs, self.gradient_accumulation_fusion)
@@ -89,15 +90,22 @@ class _Inputs:
 
     Between the backward of a row-parallel layer and that of the column-parallel layer before it, attention or the MLP's
     function is computed, and nothing is exchanged: the column-parallel layer's input is gathered meanwhile.
-
-    Attributes:
-        last: node of the last column-parallel layer in autograd's graph, if no row-parallel one followed.
     """
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
         self._ahead: tuple[Any, Gathering, Tensor] | None = None
-        self.last: Any = None
+        # A node keeps the whole graph before it, and no row-parallel layer follows the output layer.
+        self._last: weakref.ref[Any] | None = None
+
+    def remember(self, column: Any) -> None:
+        """Remember a column-parallel layer's node in autograd's graph, if any."""
+        self._last = None if column is None else weakref.ref(column)
+
+    def forget(self) -> Any:
+        """Return the remembered node, if it still is, and forget it."""
+        last, self._last = self._last, None
+        return None if last is None else last()
 
     def gather(self, rows: Tensor) -> Gathering:
         self._give_up()
@@ -163,7 +171,7 @@ class _ScatteredProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, inputs: _Inputs, fused: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.inputs, ctx.main_grad = inputs, _main_grad(weight, fused)
-        ctx.column, inputs.last = inputs.last, None
+        ctx.column = inputs.forget()
         sums = _multiply_scattered(inputs, _rows(x), weight.t())
         out = x.new_empty(len(x) // sums.ranks, x.shape[1], len(weight))
         sums.sum(_rows(out))

@@ -5,7 +5,10 @@ In separate processes, on CPUs or GPUs.
 
 import json
 import sys
+import time
+import weakref
 from dataclasses import replace
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, checkpoint
@@ -87,6 +90,40 @@ def errors(ranks: int, exchange: Exchange, fused: bool, recompute: bool, in_vain
     return dict(zip(expected, differences.tolist(), strict=True))
 
 
+class Activation(torch.autograd.Function):
+    """An identity whose node keeps an object, as nodes keep activations."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kept: list[weakref.ref[nn.Module]]) -> Tensor:
+        ctx.activation = nn.Module()
+        kept.append(weakref.ref(ctx.activation))
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
+        return dout, None
+
+
+def kept(ranks: int, exchange: Exchange) -> dict[str, bool]:
+    """Whether an activation is alive after a column-parallel layer that no row-parallel one follows."""
+    pair = Pair(ranks, fused=False)
+    overlap_communication(pair, exchange)
+    x = torch.randn(POSITIONS // ranks, BATCH, HIDDEN, device="cuda", requires_grad=True)
+    activations: list[weakref.ref[nn.Module]] = []
+    pair.column(Activation.apply(x, activations))[0].sum().backward()
+    after_backward = stays(activations[0])
+    pair.column(Activation.apply(x, activations))
+    return {"after its backward": after_backward, "without a backward": stays(activations[1])}
+
+
+def stays(activation: weakref.ref[nn.Module]) -> bool:
+    """Whether it is alive once gloo's threads, which may end later than a collective, hold nothing."""
+    deadline = time.monotonic() + 2.0
+    while activation() is not None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return activation() is not None
+
+
 class Recorded:
     """An exchange that adds names of calls to a list."""
 
@@ -143,6 +180,7 @@ def main() -> None:
         "errors": {str(case): errors(ranks, exchange, *case) for case in CASES},
         "errors after a part": max(errors(ranks, exchange, *CASES[0], in_vain=True).values()),
         "exchanges": order(ranks, exchange),
+        "kept": kept(ranks, exchange),
         "layers": {
             "of a run": overlapping(small(ranks, overlap=True), device),
             "without overlap": overlapping(small(ranks, overlap=False), device),

@@ -46,6 +46,10 @@ def test_inputs_are_gathered_ahead_of_gradients(found: dict[str, Any]) -> None:
     assert backward == ["gather", "gather", "between", "scatter"]
 
 
+def test_nothing_of_a_finished_pass_is_kept(found: dict[str, Any]) -> None:
+    assert found["kept"] == {"after its backward": False, "without a backward": False}
+
+
 def test_gradients_of_some_weights_leave_the_others_right(found: dict[str, Any]) -> None:
     """An input gathered ahead in vain doesn't disturb the exchanges that follow."""
     assert found["errors after a part"] < 1e-6
