@@ -1,11 +1,13 @@
 """Exchanging only the blocks that a layout keeps gives what one process gives, and moves what is predicted."""
 
 import random
+from unittest import mock
 
 import pytest
 import torch
 from s2train.kernels import BlockLayout
 
+from s2train.layouts.host_layout import HostLayout
 from s2train.megatron.context_parallel.all_gather import chunk_ids
 from s2train.megatron.context_parallel.exchange_plan import (
     exchange_plan,
@@ -79,7 +81,7 @@ def test_the_parts_of_a_rank_keep_each_pair_of_its_queries_once() -> None:
     size, kv_heads, layout = 2, 3, random_layout(6, 12)
     for rank in range(size):
         plan = exchange_plan(layout, kv_heads, rank, size)
-        own, remote, whole = (part(layout).mask() for part in (plan.own, plan.remote, plan.whole))
+        own, remote, whole = (part.mask() for part in (*plan.apart(layout), plan.whole(layout)))
         assert whole[:, plan.slots :, plan.slots :].equal(own)
         assert whole[:, :, : plan.slots].equal(remote)
         rows = [row for chunk in chunk_ids(rank, size) for row in range(3 * chunk, 3 * chunk + 3)]
@@ -89,6 +91,15 @@ def test_the_parts_of_a_rank_keep_each_pair_of_its_queries_once() -> None:
         first = torch.tensor(rows)
         mine &= torch.arange(12) < first[:, None]
         assert remote.sum((1, 2)).equal(mine.sum((1, 2)))
+
+
+@pytest.mark.parametrize("way", ["whole", "apart"])
+def test_the_host_gets_one_copy_of_a_layout(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = random_layout(6, 12)
+    plan, copy = exchange_plan(layout, 3, 0, 2), mock.Mock(side_effect=HostLayout.of)
+    monkeypatch.setattr(HostLayout, "of", copy)
+    getattr(plan, way)(layout)
+    copy.assert_called_once_with(layout)
 
 
 def test_blocks_that_cannot_be_dealt_are_rejected() -> None:

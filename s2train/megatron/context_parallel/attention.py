@@ -68,7 +68,7 @@ def attend_after_exchange(
     exchange = KVExchange(rank_exchange_plan(layout, key.shape[2], group), layout.block_size, group)
     keys, values = exchange.receive(*exchange.send(key, value), before_own=True)
     offset = exchange.plan.slots * layout.block_size
-    out = attend(query, keys, values, _part("whole", layout, exchange.plan), offset, return_lse=False)
+    out = attend(query, keys, values, _whole(layout, exchange.plan), offset, return_lse=False)
     assert isinstance(out, Tensor)
     return out
 
@@ -87,11 +87,12 @@ def attend_overlapped(
     written twice, so this is faster only if the exchange takes longer than that.
     """
     exchange = KVExchange(rank_exchange_plan(layout, key.shape[2], group), layout.block_size, group)
+    own, remote = _apart(layout, exchange.plan)
     key, value = exchange.send(key, value)
-    near = attend(query, key, value, _part("own", layout, exchange.plan), 0, return_lse=True)
+    near = attend(query, key, value, own, 0, return_lse=True)
     far_key, far_value = exchange.receive(key, value)
     offset = exchange.plan.slots * layout.block_size
-    far = attend(query, far_key, far_value, _part("remote", layout, exchange.plan), offset, return_lse=True)
+    far = attend(query, far_key, far_value, remote, offset, return_lse=True)
     assert isinstance(near, tuple)
     assert isinstance(far, tuple)
     return merge(near, far)
@@ -118,11 +119,20 @@ def rank_exchange_plan(layout: BlockLayout, num_kv_heads: int, group: torch.dist
     return plan
 
 
-def _part(part: str, layout: BlockLayout, plan: ExchangePlan) -> BlockLayout:
-    """Return the plan's layout with that name; cached in the layout."""
-    name = ("context parallel layout", part, plan)
+def _whole(layout: BlockLayout, plan: ExchangePlan) -> BlockLayout:
+    """Return `plan.whole`; cached in the layout."""
+    name = ("context parallel layout", plan)
     if name not in layout.cache:
-        layout.cache[name] = getattr(plan, part)(layout)
+        layout.cache[name] = plan.whole(layout)
     found = layout.cache[name]
     assert isinstance(found, BlockLayout)
     return found
+
+
+def _apart(layout: BlockLayout, plan: ExchangePlan) -> tuple[BlockLayout, BlockLayout]:
+    """Return `plan.apart`; cached in the layout."""
+    name = ("context parallel layouts apart", plan)
+    if name not in layout.cache:
+        layout.cache[name] = plan.apart(layout)
+    own, remote = layout.cache[name]
+    return own, remote

@@ -123,30 +123,26 @@ class ExchangePlan:
 
         The layout has [slots + own] query and key blocks.
         """
-        columns = torch.where(self.columns >= 0, self.columns, self._moved(self.slots))
-        return self._renumbered(layout, self.slots, columns, self.slots + self.own_blocks)
-
-    def own(self, layout: BlockLayout) -> BlockLayout:
-        """Return `layout` of this rank's queries over its own keys.
-
-        Numbers queries and keys from 0.
-        """
-        return self._renumbered(layout, 0, self.rows.expand_as(self.columns), self.own_blocks)
-
-    def remote(self, layout: BlockLayout) -> BlockLayout:
-        """Return `layout` of this rank's queries over received keys.
-
-        Numbers queries from block `slots` on.
-        """
-        return self._renumbered(layout, self.slots, self.columns, self.slots)
-
-    def _moved(self, by: int) -> Tensor:
-        return torch.where(self.rows >= 0, self.rows + by, -1)
-
-    def _renumbered(self, layout: BlockLayout, first_row: int, columns: Tensor, num_columns: int) -> BlockLayout:
-        rows, columns_of_heads = (x.cpu().numpy() for x in (self._moved(first_row), columns))
-        found = renumber(HostLayout.of(layout), rows, columns_of_heads, first_row + self.own_blocks, num_columns)
+        rows, received = self._numbers()
+        moved = np.where(rows >= 0, rows + self.slots, -1)
+        columns = np.where(received >= 0, received, moved)
+        found = renumber(HostLayout.of(layout), moved, columns, *2 * [self.slots + self.own_blocks])
         return found.to(layout.device)
+
+    def apart(self, layout: BlockLayout) -> tuple[BlockLayout, BlockLayout]:
+        """Return `layout` of this rank's queries, over own and received keys apart.
+
+        The layout of own keys numbers queries and keys from 0, that of received keys queries from block `slots` on.
+        """
+        host, (rows, received) = HostLayout.of(layout), self._numbers()
+        own = renumber(host, rows, np.broadcast_to(rows, received.shape), self.own_blocks, self.own_blocks)
+        moved = np.where(rows >= 0, rows + self.slots, -1)
+        remote = renumber(host, moved, received, self.slots + self.own_blocks, self.slots)
+        return own.to(layout.device), remote.to(layout.device)
+
+    def _numbers(self) -> tuple[np.ndarray, np.ndarray]:
+        """Copy `rows` and `columns` to the host."""
+        return self.rows.cpu().numpy(), self.columns.cpu().numpy()
 
 
 def exchange_plan(layout: BlockLayout, num_kv_heads: int, rank: int, size: int) -> ExchangePlan:
