@@ -20,7 +20,6 @@ from s2train.checkpoints.run_state import Saver, TrainingState
 from s2train.config import PretrainConfig
 from s2train.costs.memory import GIB, Memory
 from s2train.costs.phases import Phase, mean_flops
-from s2train.distributed.agreement import max_over_ranks
 from s2train.errors import DivergedError, StoppedBySignal
 from s2train.megatron.block_attention import kernels_of
 from s2train.megatron.teacher import Teacher
@@ -276,16 +275,15 @@ class Trainer:
         self.frozen.hold(state.optimizer, step)
         with record_function(RANGE + OPTIMIZER):
             squared_norm = squared_gradient_norm(state.optimizer)
-            values = torch.cat([sums.flatten(), squared_norm.double(), self.auxiliary.take()])
+            results = torch.cat([sums.flatten(), squared_norm.double()])
+            values = torch.cat([self._agreement(results), results, self.auxiliary.take()])
         if step < self.cfg.train.last_step:
             with record_function(RANGE + DATA):  # now, while the GPU has work
                 for each in batches:
                     each.fetch()
         # One read of all: each waits, and the GPU is idle from here until the optimizer's kernels are launched.
-        total, tokens, square, *auxiliary = values.tolist()
+        is_bad, signal, total, tokens, square, *auxiliary = values.tolist()
         loss, grad_norm = total / tokens, square**0.5
-        is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        is_bad, signal = max_over_ranks(not is_finite, self.signals.received)
         if is_bad:
             state.scheduler.step(0)  # restores the weight decay, which is 0 in the steps of a frozen trunk
             self._skip(step, loss, grad_norm, consumed, size)
@@ -298,7 +296,21 @@ class Trainer:
                 take_step(state.optimizer, grad_norm)
             state.scheduler.step(1)
             self.loss_history = self.loss_history.after_step(loss)
-        return StepOutcome(loss, grad_norm, lr, signal, self.auxiliary.means(auxiliary))
+        return StepOutcome(loss, grad_norm, lr, int(signal), self.auxiliary.means(auxiliary))
+
+    def _agreement(self, results: torch.Tensor) -> torch.Tensor:
+        """Return whether a result isn't finite, and a signal, of any rank.
+
+        Collective; doesn't wait for the GPU. A signal that arrives while the host waits for the results is agreed on
+        in the next step.
+
+        Returns:
+            Float64 [2].
+        """
+        is_bad = ~results.isfinite().all(dim=0, keepdim=True)
+        found = torch.cat([is_bad.double(), results.new_full((1,), self.signals.received)])
+        torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+        return found
 
     def _skip(self, step: int, loss: float, grad_norm: float, consumed: int, size: int) -> None:
         self.loss_history = self.loss_history.after_skip()

@@ -45,7 +45,9 @@ class StopSignals:
                 signal.signal(second, signal.SIG_DFL)
             if os.environ.get("RANK", "0") == "0" and os.getpid() == self._pid:
                 # os.write, because print is not reentrant and the signal may interrupt one
-                os.write(2, b"SIGINT: saving after this step, then exiting; press Ctrl-C again to exit immediately\n")
+                os.write(
+                    2, b"SIGINT: saving after this or the next step, then exiting; press Ctrl-C again to exit now\n"
+                )
 
 
 def signal_name(number: int) -> str:

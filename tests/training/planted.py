@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -97,6 +99,23 @@ def nan(step: int) -> None:
     loop.Trainer.train = recorded
     at_step(step, spoil)
     at_step(step + 1, compare)
+
+
+def reads(step: int) -> None:
+    """Print the functions that read several values from a device in `step`."""
+    read, readers = torch.Tensor.tolist, list[str]()
+
+    def noted(self: torch.Tensor) -> Any:
+        if (caller := sys._getframe(1).f_code.co_name) != "__torch_function__":  # s2train.megatron.cpu's, in between
+            readers.append(caller)
+        return read(self)
+
+    def stop() -> None:
+        torch.Tensor.tolist = read
+        print(f"step {step} read by {', '.join(readers)}", flush=True)
+
+    at_step(step, lambda: setattr(torch.Tensor, "tolist", noted))
+    at_step(step + 1, stop)
 
 
 def fingerprint(state: Any) -> str:

@@ -15,7 +15,7 @@ from s2train.checkpoints.folders import checkpoints_in, read_progress
 from s2train.checkpoints.integrity import damage
 from s2train.errors import EXIT_REQUEUE
 from s2train.training.records import read_records
-from tests.program import PRELOADED, ROOT, SMALL, Outcome, error_line, launch, pretrain, run
+from tests.program import PRELOADED, ROOT, SMALL, UNSAVED, Outcome, error_line, launch, pretrain, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("faults")]
 
@@ -141,6 +141,12 @@ def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_any(tmp_pa
     assert rates[4] == rates[3]  # the learning-rate schedule did not advance
     assert [record["skipped"] for record in trace(tmp_path)] == [0, 0, 0, 1, 1, 1]
     assert read_progress(checkpoints_in(tmp_path / "checkpoints")[-1]).health["skipped"] == 1
+
+
+def test_a_step_waits_for_its_results_once(tmp_path: Path) -> None:
+    done = planted("reads:0:3", tmp_path, STEPS, UNSAVED)
+    assert done.status == 0, done.err
+    assert "step 3 read by _step\n" in done.out
 
 
 @pytest.mark.parametrize("in_background", [False, True], ids=["saved at once", "saved in the background"])

@@ -37,7 +37,7 @@ def test_ctrl_c_prints_what_it_does_and_what_a_second_one_does(capfd: pytest.Cap
         assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL  # ends the process
     assert (
         capfd.readouterr().err
-        == "SIGINT: saving after this step, then exiting; press Ctrl-C again to exit immediately\n"
+        == "SIGINT: saving after this or the next step, then exiting; press Ctrl-C again to exit now\n"
     )
 
 
