@@ -1,7 +1,7 @@
 """Finds a run's starting checkpoint, and checks that they fit."""
 
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from itertools import chain, count
@@ -316,6 +316,17 @@ def _is_without_weights(name: str) -> bool:
     return name.partition(".")[0] in _WITHOUT_WEIGHTS and not name.startswith("layout.kinds.")
 
 
+def _other_layout(changed: Iterable[str]) -> str:
+    """Format the remedy that allows all changes of a new phase's layout.
+
+    Empty if one of them can't be allowed.
+    """
+    names = [name for name in changed if name.partition(".")[0] in _WITHOUT_WEIGHTS]
+    if not all(map(_is_without_weights, names)):
+        return ""
+    return f", or '{ALLOW_CHANGES}=[{','.join(names)}]' for attention of another layout in this phase"
+
+
 def check_same_architecture(
     changes: list[Change],
     checkpoint: Path,
@@ -350,8 +361,8 @@ def check_same_architecture(
             if name in _PHASE_MAY_CHANGE and weights_only:
                 names = ",".join(one.setting for one in changes if one.setting in _PHASE_MAY_CHANGE)
                 phase = f", or '{ALLOW_CHANGES}=[{names}]' to rotate positions otherwise"
-            if allowed is not None and _is_without_weights(name):
-                phase = f", or {ALLOW_CHANGES}=[{name}] for attention of another layout in this phase"
+            if allowed is not None and section in _WITHOUT_WEIGHTS:
+                phase = _other_layout(change.setting for change in changes if change.setting not in may_differ)
             other = "start in another run_dir"
             if not is_in_run_dir:
                 is_in_model = weights_only or section == "model"

@@ -98,6 +98,24 @@ def test_weights_alone_are_rotated_otherwise_only_where_it_is_allowed(tmp_path: 
 
 
 @pytest.mark.parametrize(
+    ("kinds", "remedy"),
+    [
+        ({}, ", or 'checkpoint.allow_changes=[layout.layers,layout.block_size]' for"),
+        ({"E": {"kind": "block_selection"}}, ""),
+    ],
+    ids=["S2 attention", "a kind that may have weights"],
+)
+def test_a_rejected_new_phase_names_all_changes_to_allow(kinds: dict[str, Any], remedy: str, tmp_path: Path) -> None:
+    write_config(config(), tmp_path / "config.yaml")
+    now = config(layers="DDDS", block_size=32, kinds=kinds)
+    changes = changes_between(read_config(tmp_path), now)
+    with pytest.raises(ConfigError, match=r"^layout.layers=DDDS: ") as rejected:
+        check_same_architecture(changes, tmp_path, allowed=lambda _: False)
+    assert remedy in rejected.value.remedy
+    assert ("allow_changes" in rejected.value.remedy) == bool(remedy)
+
+
+@pytest.mark.parametrize(
     ("change", "setting"),
     [
         ({"pattern": PatternConfig(sinks=1)}, "layout.pattern.sinks"),
