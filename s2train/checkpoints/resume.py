@@ -131,6 +131,9 @@ def _find_start(cfg: PretrainConfig, masks: dict[str, str], tokenizer: str | Non
     if not is_in_run_dir and saved.step >= last:
         end = length(cfg, "train.steps")
         problem = f"{checkpoint} is already at step {saved.step}, so there is nothing to train"
+        if cfg.train.steps > saved.step:
+            remedy = f"Set train.exit_step to more than {saved.step}, or null"
+            raise ConfigError("train.exit_step", cfg.train.exit_step, problem, remedy)
         remedy = f"Set more than {end.of(saved.step)} (and train.exit_step, if set)"
         raise ConfigError(end.setting, last if end.unit == 1 else end.value, problem, remedy)
     if is_new_phase:

@@ -173,7 +173,14 @@ def test_starting_a_finished_run_again_does_nothing(stopped: Path) -> None:
         ),
         (["seed=7"], ["seed=7", "1234"]),
         (["train.seq_length=64"], ["train.seq_length=64", "128"]),
-        (["run_dir={stopped}_new", "checkpoint.resume={stopped}", "train.exit_step=3"], ["train.steps=3", "step 3"]),
+        (
+            ["run_dir={stopped}_new", "checkpoint.resume={stopped}", "train.exit_step=3"],
+            ["train.exit_step=3", "or null"],
+        ),
+        (
+            ["run_dir={stopped}_new", "checkpoint.resume={stopped}", "train.steps=3", "optim.decay_steps=6"],
+            ["train.steps=3", "step 3"],
+        ),
     ],
     ids=lambda value: value[0].partition("=")[0] if "=" in value[0] else "",
 )
