@@ -29,6 +29,7 @@ _OPTIONS_WITH_VALUES = (
     *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p", "--cfg", "-c"),
     "--experimental-rerun",
 )
+_MERGING = "Error merging override "
 _HYDRA_GROUPS = {
     "hydra/launcher": "s2train_local and s2train_slurm",
     "hydra/sweeper": "basic, and optuna with the extra `sweep` (pip install -e '.[sweep]')",
@@ -230,7 +231,8 @@ def _shorten_message(
         return about_file
     message = str(error).splitlines()
     cause = str(error.__cause__).splitlines()[0].rstrip(".") if error.__cause__ else ""
-    for text in overrides:
+    of_sweep = [message[0].removeprefix(_MERGING)] if message[0].startswith(_MERGING) else []  # with one of its values
+    for text in (*overrides, *of_sweep):
         key, _, value = text.lstrip("+~").partition("=")
         if message[0].startswith(f"Multiple values for {key}.") and text.startswith("+"):
             problem = "another file, such as the experiment's, names one already"
@@ -243,7 +245,7 @@ def _shorten_message(
         if key in _HYDRA_GROUPS and f"{key}/{value}" in " ".join(message):
             return str(ConfigError(key, value, "unknown name", f"There are {_HYDRA_GROUPS[key]}."))
         if message[0] == f"Ambiguous value for argument '{text}'":
-            return str(_ambiguous(key, value, key in groups))
+            return str(_ambiguous(key, value, None if key in groups else type_of(key, schema)))
         if message[0].startswith("force-add of config groups"):
             remedy = f"Write +{key}={value} to add it, or {key}={value} to replace another."
             return str(ConfigError(f"++{key}", value, "names a file, which takes one plus or none", remedy))
@@ -259,8 +261,13 @@ def _shorten_message(
     return ": ".join(line.strip() for line in (*message[:1], cause) if line)
 
 
-def _ambiguous(key: str, value: str, is_group: bool) -> ConfigError:
-    if is_group:
-        remedy = f"Name one of them, such as {key}={value.partition(',')[0]}, or add -m for a sweep."
-        return ConfigError(key, value, "ambiguous: names several files", remedy)
-    return ConfigError(key, value, "ambiguous: a list or a sweep", f"Write '{key}=[{value}]', or -m for a sweep.")
+def _ambiguous(key: str, value: str, kind: Any) -> ConfigError:
+    """Make the error for several values of a setting.
+
+    Args:
+        kind: the setting's type; None: a configuration group.
+    """
+    if kind is Any or str(kind).startswith("list["):
+        return ConfigError(key, value, "ambiguous: a list or a sweep", f"Write '{key}=[{value}]', or -m for a sweep.")
+    remedy = f"Name one of them, such as {key}={value.partition(',')[0]}, or add -m for a sweep."
+    return ConfigError(key, value, f"ambiguous: names several {'files' if kind is None else 'values'}", remedy)

@@ -75,6 +75,8 @@ def test_a_name_of_a_sweep_is_checked_too() -> None:
         ("optim.lr=[1", "optim.lr=[1: can't be parsed"),
         ("data.split=90,10", "Write 'data.split=[90,10]', or -m for a sweep"),
         ("train.steps", "train.steps: can't be parsed: missing EQUAL"),
+        ("profile.steps=1,2", "Write 'profile.steps=[1,2]', or -m for a sweep"),
+        ("parallel.tp=1,2", "several values. Name one of them, such as parallel.tp=1, or add -m for a sweep."),
         ("layout=dense,s2_b16_l4_v4", "several files. Name one of them, such as layout=dense, or add -m for a sweep."),
         ("+train.steps=5", "+train.steps=5: has a value already. Write train.steps=5 to change it."),
         ("++schedule=grouped", "Write +schedule=grouped to add it, or schedule=grouped to replace another."),
@@ -82,6 +84,16 @@ def test_a_name_of_a_sweep_is_checked_too() -> None:
 )
 def test_an_invalid_value_is_reported_with_a_remedy(override: str, words: str) -> None:
     assert words in explained(override)
+
+
+def test_an_invalid_value_of_a_sweep_is_reported_without_the_others() -> None:
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"), pytest.raises(HydraException) as error:
+        compose("pretrain", overrides=["+model=7b_hybrid", "parallel.tp=two"])  # as Hydra composes each job
+    line = explain(error.value, ["+model=7b_hybrid", "parallel.tp=1,two"], config_groups(CONF), PretrainConfig)
+    assert line.startswith(
+        "parallel.tp=two: Value 'two' of type 'str' could not be converted to Integer. It takes int."
+    )
 
 
 def test_braces_that_the_shell_divided_are_reported_with_their_quotes() -> None:
