@@ -159,9 +159,13 @@ def _divisions(cfg: PretrainConfig, gpus: int) -> Iterator[PretrainConfig]:
 
 
 def _sizes(cfg: PretrainConfig, gpus: int) -> Iterator[tuple[int, int, int]]:
-    """Yield every tp, pp and cp that divide `gpus`."""
+    """Yield every tp, pp and cp that divide `gpus`.
+
+    Each group of tensor parallel ranks is on one machine.
+    """
     divisors = [size for size in range(1, gpus + 1) if gpus % size == 0]
-    for tp in (size for size in divisors if size <= GPUS_PER_MACHINE):
+    of_machine = min(gpus, GPUS_PER_MACHINE)
+    for tp in (size for size in divisors if of_machine % size == 0):
         for pp in (size for size in divisors if gpus % (tp * size) == 0 and size <= cfg.model.num_layers):
             for cp in (size for size in divisors if gpus % (tp * pp * size) == 0):
                 yield tp, pp, cp

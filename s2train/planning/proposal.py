@@ -15,6 +15,7 @@ from s2train.errors import ConfigError
 from s2train.planning.checks import check_planned_machine, check_settings, hybrid_layout
 from s2train.planning.division import Search, can_divide, search
 from s2train.planning.targets import ONE_OF_NAMES, target_gpu
+from s2train.validation.overlap import check_overlap
 
 _MOST_GPUS = 4096  # to look for a number that suffices
 _LARGEST = 16_384  # GPUs whose divisions are searched
@@ -24,16 +25,19 @@ def propose(cfg: PretrainConfig) -> Search:
     """Search the divisions over `plan.gpus` GPUs of `plan.device`, by default this machine's.
 
     Raises:
-        ConfigError: a setting is out of range, the device is unknown, its steps can't be predicted, or no division is
-            possible or fits.
+        ConfigError: a setting is out of range, the device is unknown or can't serve a setting, its steps can't be
+            predicted, or no division is possible or fits.
     """
     hardware = detect_own() if cfg.plan.device is None else target_gpu(cfg.plan.device)
     if hardware.kind != "cuda":
         raise ConfigError("plan.device", "(not set)", "this machine has no GPU", f"Set plan.device to {ONE_OF_NAMES}.")
+    hardware = replace(hardware, per_machine=GPUS_PER_MACHINE)
     check_settings(cfg, hardware)
     gpus, cfg = _number(cfg), _undivided(cfg)
     hybrid = hybrid_layout(cfg)
     check_planned_machine(cfg, hybrid, gpus, hardware)
+    divided = replace(cfg.parallel, tp=2, sequence_parallel=True)
+    check_overlap(replace(cfg, parallel=divided), 2, hardware)  # else each division with tp above 1 would be rejected
     _check_predictable(cfg, hybrid, hardware)
     found = search(cfg, hybrid, gpus, hardware)
     if not found.fitting and not found.too_large:

@@ -56,6 +56,22 @@ def test_what_is_proposed_does_not_depend_on_the_division_that_is_set(seven: Sea
     assert other.fitting[0].settings == seven.fitting[0].settings
 
 
+def test_tensor_parallel_groups_are_on_one_machine_each() -> None:
+    model = ("+model=1b_hybrid", "model.num_attention_heads=24", "model.num_query_groups=12", "model.hidden_size=1536",
+             "model.ffn_hidden_size=6144", "model.vocab_size=32256", "train.seq_length=12288",
+             "train.global_batch_size=48")  # fmt: skip
+    three, eight = (proposed(*model, f"plan.gpus={gpus}", H100) for gpus in (3, 24))
+    assert {candidate.sizes[0] for candidate in three.fitting} == {1, 3}
+    assert {candidate.sizes[0] for candidate in eight.fitting} == {1, 2, 4}  # 3 or 6 would leave some of a machine's 8
+
+
+def test_overlap_that_the_gpus_can_not_serve_is_rejected() -> None:
+    overlap = ("+model=1b_hybrid", "plan.gpus=2", "parallel.tp_comm_overlap=true")
+    with pytest.raises(ConfigError, match=r"^parallel.tp_comm_overlap=true: NVIDIA L40S is linked by PCIe"):
+        proposed(*overlap, "plan.device=l40s")
+    assert 2 in {candidate.sizes[0] for candidate in proposed(*overlap, H100).fitting}
+
+
 def test_a_long_context_on_eight_machines_is_divided() -> None:
     found = proposed("+model=7b_hybrid", "train.seq_length=131072", "plan.gpus=64", H100)
     assert len({candidate.sizes for candidate in found.fitting}) > 40
