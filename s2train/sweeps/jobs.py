@@ -12,8 +12,10 @@ from omegaconf import OmegaConf
 from s2train.command_line.old_names import OLD_NAMES, rename_saved, renamed
 from s2train.comparison.runs import Summary, summarize
 from s2train.config import PretrainConfig, settings_by_name
+from s2train.costs.memory import GIB
 from s2train.errors import ConfigError
 from s2train.files import write_json
+from s2train.planning import Plan
 from s2train.sweeps.names import setting_and_value
 from s2train.training.records import read_records
 
@@ -54,6 +56,8 @@ class Job:
         last_step: step at which the run is finished.
         error: why the job was rejected or failed, in one line.
         is_earlier: whether an earlier sweep into the same folder ran it.
+        planned_memory_gib: peak memory of the fullest rank; None if the settings were rejected.
+        predicted_step_time_s, predicted_tokens_per_s: of the plan; None if it predicts no time.
     """
 
     folder: Path
@@ -66,6 +70,9 @@ class Job:
     status: Status = Status.WAITING
     error: str = ""
     is_earlier: bool = False
+    planned_memory_gib: float | None = None
+    predicted_step_time_s: float | None = None
+    predicted_tokens_per_s: float | None = None
 
     @property
     def is_finished(self) -> bool:
@@ -80,6 +87,14 @@ class Job:
         # a report has no event name
         done = [r["step"] for r in read_records(metrics) if r.get("event") == ("checkpoint" if saves else None)]
         return max(done, default=-1) >= self.last_step > 0
+
+    def add_plan(self, plan: Plan) -> None:
+        """Set what is known before the run."""
+        self.layers, self.density, self.last_step = plan.letters, plan.density, plan.cfg.train.last_step
+        self.planned_memory_gib = plan.memory.total / GIB
+        if plan.prediction is not None:
+            self.predicted_step_time_s = plan.prediction.time.total
+            self.predicted_tokens_per_s = plan.prediction.tokens_per_s
 
     def summary(self) -> Summary | None:
         """Summarize the run so far; None if it has reported nothing."""

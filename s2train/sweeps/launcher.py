@@ -164,8 +164,7 @@ class SweepLauncher(Launcher):
             with open_dict(composed):
                 del composed["hydra"]
             cfg = resolve(composed, loader.get_group_options("model"), overrides)
-            plan = self._plan(cfg)
-            job.layers, job.density, job.last_step = plan.letters, plan.density, cfg.train.last_step
+            job.add_plan(self._plan(cfg))
             if not job.is_finished:
                 named_start(replace(cfg, run_dir=str(folder)))  # rejects what the job would
         except (ConfigError, HydraException, OmegaConfBaseException) as error:

@@ -13,6 +13,16 @@ from s2train.sweeps.jobs import Job, Status, read_record
 from s2train.sweeps.picture import Point, draw
 
 TABLE_WIDTH = 140
+# columns of sweep.csv before what was measured
+_KNOWN = (
+    "status",
+    "layers",
+    "density",
+    "planned_memory_gib",
+    "predicted_step_time_s",
+    "predicted_tokens_per_s",
+    "error",
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,12 @@ def _best(jobs: list[Job]) -> str | None:
 
 
 def table(results: list[Result]) -> Table:
-    """Build a table with one row per job, in order."""
+    """Build a table with one row per job, in order.
+
+    It shows what is planned if no job has reported anything, and else what was measured.
+    """
+    if all(result.summary is None for result in results):
+        return _planned([result.job for result in results])
     made = Table("job", "status", "layers", "density", "steps", "loss", *HEADINGS, "ms/step", "tokens/s")
     for result in results:
         job, s = result.job, result.summary
@@ -79,10 +94,27 @@ def table(results: list[Result]) -> Table:
             if s is not None
             else ("",) * 7
         )
-        density = "" if job.density is None else f"{job.density:.3f}"
-        made.add_row(job.label, str(job.status), _short(job.layers), density, *measured)
+        made.add_row(*_known(job), *measured)
     made.caption = held_out_note(result.summary for result in results if result.summary is not None)
     return made
+
+
+def _planned(jobs: list[Job]) -> Table:
+    made = Table("job", "status", "layers", "density", "planned GiB", "predicted ms/step", "predicted tokens/s")
+    for job in jobs:
+        memory, step, speed = job.planned_memory_gib, job.predicted_step_time_s, job.predicted_tokens_per_s
+        made.add_row(
+            *_known(job),
+            "" if memory is None else f"{memory:.1f}",
+            "" if step is None else f"{step * 1e3:,.0f}",
+            "" if speed is None else f"{speed:,.0f}",
+        )
+    return made
+
+
+def _known(job: Job) -> tuple[str, str, str, str]:
+    density = "" if job.density is None else f"{job.density:.3f}"
+    return job.label, str(job.status), _short(job.layers), density
 
 
 def _short(layers: str) -> str:
@@ -94,8 +126,9 @@ def _write_csv(results: list[Result], path: Path) -> None:
     rows = []
     for job, summary in ((result.job, result.summary) for result in results):
         measured = {} if summary is None else {k: v for k, v in asdict(summary).items() if k != "name"}
-        known = {"status": str(job.status), "layers": job.layers, "density": job.density, "error": job.error}
-        rows.append({"folder": job.folder.name, **job.swept, **known, **measured})
+        rows.append(
+            {"folder": job.folder.name, **job.swept, **{name: getattr(job, name) for name in _KNOWN}, **measured}
+        )
     columns = list(dict.fromkeys(["folder", *swept, *(name for row in rows for name in row)]))
     with replacing(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)

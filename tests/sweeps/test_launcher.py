@@ -197,6 +197,15 @@ def test_a_plan_is_reported_and_nothing_started(sweep: Any, tmp_path: Path) -> N
     assert sparse.density < 1
 
 
+def test_a_plan_of_a_sweep_compares_memory_and_speed(sweep: Any, tmp_path: Path) -> None:
+    fixed = ["+plan.device=h100", "train.precision=bf16", "train.seq_length=16384"]
+    sweeper = sweep(*fixed, "layout=dense,s2_b16_l4_v4")
+    sweeper.launch(*([*fixed, f"layout={name}"] for name in ("dense", "s2_b16_l4_v4")))
+    dense, sparse = read_record(tmp_path / "sweep")
+    assert dense.planned_memory_gib == pytest.approx(sparse.planned_memory_gib, rel=0.01)
+    assert dense.predicted_tokens_per_s < sparse.predicted_tokens_per_s
+
+
 def test_a_plan_rejects_the_checkpoint_that_a_job_would(
     sweep: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

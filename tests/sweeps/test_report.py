@@ -104,6 +104,15 @@ def test_results_are_in_the_table_the_csv_and_a_picture(tmp_path: Path) -> None:
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_planned_sweep_shows_memory_and_predicted_speed(tmp_path: Path) -> None:
+    planned = {"planned_memory_gib": 53.25, "predicted_step_time_s": 4.0, "predicted_tokens_per_s": 524288.0}
+    write_record(tmp_path, [Job(tmp_path / "a", "layout=a", {"layout": "a"}, [], "DSSS", 0.5, **planned)])
+    _, text = printed(tmp_path)
+    assert [word for word in text.split() if word in ("53.2", "4,000", "524,288")] == ["53.2", "4,000", "524,288"]
+    (row,) = csv.DictReader((tmp_path / "sweep.csv").open())
+    assert {name: float(row[name]) for name in planned} == planned
+
+
 @pytest.mark.parametrize(("batches", "noted"), [((8, 8), False), ((8, 16), True)])
 def test_held_out_losses_over_different_tokens_are_noted(tmp_path: Path, batches: tuple[int, int], noted: bool) -> None:
     jobs = [made(tmp_path, "a", seed) for seed in (1, 2)]
