@@ -421,6 +421,8 @@ def _caveats(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> list[s
         found.append("no parallel.tp above 4 was measured")
     if cfg.parallel.cp > 4:
         found.append("no parallel.cp above 4 was measured")
+    if data_parallel(cfg, world_size) > 4:
+        found.append("no data parallelism above 4 was measured")
     if cfg.parallel.tp > 2 and cfg.parallel.tp_comm_overlap:
         found.append("parallel.tp_comm_overlap was measured on two ranks alone")
     if cfg.parallel.pp > 1:

@@ -362,6 +362,8 @@ def test_divisions_that_nobody_measured_are_estimates() -> None:
     assert not predicted(*overlap).caveats  # one rank communicates nothing
     of_four = predicted(*overlap, "parallel.tp=4", "parallel.sequence_parallel=true", processes=4)
     assert "tp_comm_overlap" in of_four.caveats[0]
+    one = predicted("+model=1b_hybrid", "parallel.tp=1", "parallel.sequence_parallel=false", processes=8)
+    assert one.caveats == ("no data parallelism above 4 was measured",)
     assert any("machines of 8" in caveat for caveat in predicted(*SEVEN, processes=16).caveats)
 
 
