@@ -38,7 +38,6 @@ class Reach:
         query: position in tokens.
         from_first: layers to go through, from the model's first on, until the query can hold the key.
         from_last: how many of the last layers carry the key to the query: the model's receptive field, from its output.
-        fewest: the fewest consecutive layers, anywhere in the model, that do.
     """
 
     query: int
@@ -46,7 +45,6 @@ class Reach:
     num_layers: int
     from_first: Tensor
     from_last: Tensor
-    fewest: Tensor
 
     def layers_from_first(self, key: int) -> int | None:
         """Return how many first layers carry position `key` to the query.
@@ -54,13 +52,6 @@ class Reach:
         None: the query can never hold it.
         """
         return self._of(self.from_first, key)
-
-    def fewest_layers(self, key: int) -> int | None:
-        """Return the fewest consecutive layers that carry position `key` to the query.
-
-        None: none do.
-        """
-        return self._of(self.fewest, key)
 
     def layers_from_last(self, key: int) -> int | None:
         """Return how many last layers carry position `key` to the query.
@@ -97,26 +88,23 @@ def reach(hybrid: HybridLayout, seq_length: int, query: int | None = None) -> Re
     count = own + 1  # later blocks can't be seen
     unions = _packed_unions(hybrid.layers, count)
     from_first = np.full(-(-seq_length // hybrid.block_size), NEVER, dtype=np.int64)
-    fewest = from_first.copy()
-    from_first[own] = fewest[own] = int(query % hybrid.block_size > 0)
-    from_last = fewest.copy()
+    from_first[own] = int(query % hybrid.block_size > 0)
+    from_last = from_first.copy()
     for top in reversed(range(len(hybrid.layers))):
         reached = np.zeros(count, dtype=bool)
         reached[own] = True
         for used, layer in enumerate(range(top, -1, -1), start=1):
             reached = _step(reached, unions[layer])
-            known = fewest[:count]
-            known[reached & ((known == NEVER) | (known > used))] = used
+            if top == len(hybrid.layers) - 1:
+                known = from_last[:count]
+                known[reached & (known == NEVER)] = used
             if reached.all():
                 break  # more layers below carry no less
         first = from_first[:count]
         first[reached & (np.arange(count) != own)] = top + 1
-        if top == len(hybrid.layers) - 1:
-            from_last = fewest.copy()
-    if query % hybrid.block_size:
-        from_first[own] = 1
-    arrays = (from_first, from_last, fewest)
-    return Reach(query, hybrid.block_size, len(hybrid.layers), *map(torch.from_numpy, arrays))
+    return Reach(
+        query, hybrid.block_size, len(hybrid.layers), torch.from_numpy(from_first), torch.from_numpy(from_last)
+    )
 
 
 def direct_heads(hybrid: HybridLayout, query: int, keys: Sequence[int]) -> int:

@@ -56,7 +56,6 @@ def test_layers_needed_equal_a_search_token_by_token(
     assert found.layers_from_first(key) == starts[0]
     lasts = (len(layers) - first for first in reversed(range(len(layers))) if starts[first] is not None)
     assert found.layers_from_last(key) == (0 if key == query else next(lasts, None))
-    assert found.fewest_layers(key) == min((count for count in starts if count is not None), default=None)
 
 
 def test_a_dense_layer_brings_everything_at_once() -> None:
@@ -70,7 +69,6 @@ def test_what_only_a_later_dense_layer_brings_waits_for_it() -> None:
     found = reach(hybrid, 10 * 16)
     assert found.layers_from_first(3 * 16) == 4
     assert found.layers_from_last(3 * 16) == 1
-    assert found.fewest_layers(3 * 16) == 1
 
 
 def test_a_window_alone_goes_one_window_farther_a_layer() -> None:
