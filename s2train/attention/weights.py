@@ -50,7 +50,3 @@ class Weight:
     def size(self) -> int:
         """Number of elements of the whole weight."""
         return prod(self.shape)
-
-    def shape_on_rank(self, tp: int) -> tuple[int, ...]:
-        """The part of one of `tp` tensor parallel ranks."""
-        return tuple(size // tp if dim == self.split else size for dim, size in enumerate(self.shape))
