@@ -21,7 +21,6 @@ pytest.importorskip("lm_eval")
 
 from s2train.evaluation import harness
 
-EOD = ByteTokenizer.eod
 QUESTIONS = [
     {"question": "2 + 2 =", "answer": " 4", "wrong": " 9", "label": 0},
     {"question": "1 + 1 =", "answer": " 9", "wrong": " 2", "label": 0},
