@@ -1,20 +1,18 @@
 """Draws loss curves from `metrics.jsonl`."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
 from operator import mul
 from pathlib import Path
-from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from s2train.errors import ConfigError
 from s2train.files import replacing
 from s2train.pictures.style import CURVES
 from s2train.training.records import Curves, read_curves
@@ -30,8 +28,8 @@ def draw_loss_curve(metrics: Path, out: Path, baseline: float | None = None, tit
     """
     curves = read_curves(metrics)
     figure, axes = _new_figure(title)
-    axes.plot(*_points(curves.train, float), color=CURVES[0], alpha=0.6, linewidth=1.2)
-    axes.plot(*_points(curves.held_out, float), color=CURVES[1], linewidth=2.2, marker="o", markersize=3.5)
+    axes.plot(*_points(curves.train), color=CURVES[0], alpha=0.6, linewidth=1.2)
+    axes.plot(*_points(curves.held_out), color=CURVES[1], linewidth=2.2, marker="o", markersize=3.5)
     ends = _end("train", curves.train, CURVES[0]) + _end("held out", curves.held_out, CURVES[1])
     if baseline is not None:
         axes.axhline(baseline, color=GREY, linestyle="--", linewidth=1.2)
@@ -44,44 +42,32 @@ def draw_loss_curve(metrics: Path, out: Path, baseline: float | None = None, tit
     _save(figure, out)
 
 
-def draw_comparison(
-    runs: Mapping[str, Path],
-    out: Path,
-    x_axis: Literal["steps", "tokens"] = "steps",
-    title: str = "Loss: train (thin), held out (bold)",
-) -> None:
-    """Draw the losses of several runs in one PNG.
+def draw_comparison(runs: Mapping[str, Path], out: Path) -> None:
+    """Draw the losses of several runs over their steps in one PNG.
 
     Train losses are thin, held-out losses bold, and each run has a colour. If all runs have the same tokens per step,
-    a second axis at the top converts steps to tokens, or tokens to steps.
+    a second axis at the top gives tokens.
 
     Args:
         runs: name of each run and its metrics.jsonl; colours repeat after six.
 
     Raises:
-        ConfigError: a file is missing, or x_axis is "tokens" and a run doesn't record its tokens per step.
+        ConfigError: a file is missing.
     """
     curves = {name: read_curves(metrics) for name, metrics in runs.items()}
-    for name, run in curves.items():
-        if x_axis == "tokens" and not run.batches:
-            raise ConfigError("x_axis", x_axis, f"{runs[name]} doesn't record its tokens per step", "Use steps")
-    figure, axes = _new_figure(title)
+    figure, axes = _new_figure("Loss: train (thin), held out (bold)")
     ends: list[End] = []
     for (name, run), colour in zip(curves.items(), cycle(CURVES), strict=False):
-        abscissa = run.tokens if x_axis == "tokens" else float
-        axes.plot(*_points(run.train, abscissa), color=colour, alpha=0.45, linewidth=0.9)
-        axes.plot(*_points(run.held_out, abscissa), color=colour, linewidth=2.4)
+        axes.plot(*_points(run.train), color=colour, alpha=0.45, linewidth=0.9)
+        axes.plot(*_points(run.held_out), color=colour, linewidth=2.4)
         ends += _end(name, run.held_out or run.train, colour)
     per_step = {run.tokens_per_step for run in curves.values()}
     common = next(iter(per_step)) if len(per_step) == 1 else None
-    axes.set_xlabel("tokens" if x_axis == "tokens" else "step")
-    if x_axis == "tokens":
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_xlabel("step")
     if common is not None:
-        factor = common if x_axis == "steps" else 1 / common
-        top = axes.secondary_xaxis("top", functions=(partial(mul, factor), partial(mul, 1 / factor)))
+        top = axes.secondary_xaxis("top", functions=(partial(mul, common), partial(mul, 1 / common)))
         top.xaxis.set_major_formatter(EngFormatter(sep=""))
-        top.set_xlabel("tokens" if x_axis == "steps" else "steps", color=GREY)
+        top.set_xlabel("tokens", color=GREY)
         top.tick_params(colors=GREY)
         top.spines[:].set_visible(False)
     _finish(figure, axes, list(curves.values()), ends, None)
@@ -104,9 +90,9 @@ def _end(name: str, losses: Mapping[int, float], colour: str) -> list[End]:
     return [End(f"{name} {last:.3f}", last, colour)] if finite else []
 
 
-def _points(losses: Mapping[int, float], abscissa: Callable[[int], float]) -> tuple[list[float], list[float]]:
+def _points(losses: Mapping[int, float]) -> tuple[list[int], list[float]]:
     steps = sorted(losses)
-    return [abscissa(step) for step in steps], [losses[step] for step in steps]
+    return steps, [losses[step] for step in steps]
 
 
 def _new_figure(title: str) -> tuple[Figure, Axes]:

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -88,11 +88,8 @@ def test_a_loss_curve_is_drawn_with_and_without_its_optional_parts(metrics: Path
     assert all(is_picture(tmp_path / f"{name}.png") for name in "abc")
 
 
-@pytest.mark.parametrize("x_axis", ["steps", "tokens"])
-def test_a_comparison_is_drawn_over_steps_and_over_tokens(
-    metrics: Path, tmp_path: Path, x_axis: Literal["steps", "tokens"]
-) -> None:
-    draw_comparison({"dense": metrics, "hybrid": metrics}, tmp_path / "a.png", x_axis)
+def test_a_comparison_is_drawn(metrics: Path, tmp_path: Path) -> None:
+    draw_comparison({"dense": metrics, "hybrid": metrics}, tmp_path / "a.png")
     assert is_picture(tmp_path / "a.png")
 
 
@@ -110,12 +107,6 @@ def test_ticks_of_close_losses_and_many_steps_are_written_out(tmp_path: Path, mo
     (axes,) = drawn[0].axes
     assert {axis.get_offset_text().get_text() for axis in (axes.xaxis, axes.yaxis)} == {""}
     assert all(label.get_text().startswith("5.025") for label in axes.get_yticklabels())
-
-
-def test_a_comparison_over_tokens_needs_tokens_per_step(tmp_path: Path) -> None:
-    metrics = write(tmp_path / "m.jsonl", [{"step": 1, "loss": 5.0}])
-    with pytest.raises(ConfigError, match="tokens per step"):
-        draw_comparison({"dense": metrics}, tmp_path / "a.png", "tokens")
 
 
 def test_a_missing_file_is_rejected(tmp_path: Path) -> None:
