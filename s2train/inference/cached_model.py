@@ -92,7 +92,6 @@ class CachedModel:
             Logits after each prompt's last token, float32 [b, vocab].
         Raises:
             ValueError: the cache is not empty, or shapes or lengths don't fit it.
-            OutOfPagesError: the pool is too small.
         """
         known, last = self._open(tokens, lengths)
         rows, ends = torch.arange(len(known), device=tokens.device), self._angles.new_zeros(())
@@ -118,7 +117,6 @@ class CachedModel:
             bool [b, s]. Both are meaningless from a sequence's length on.
         Raises:
             ValueError: as for `prefill`.
-            OutOfPagesError: the pool is too small.
         """
         known, _ = self._open(tokens, lengths)
         found = torch.zeros(tokens.shape, device=tokens.device)
@@ -169,7 +167,6 @@ class CachedModel:
             Logits, float32 [b, vocab]; those of finished sequences are meaningless.
         Raises:
             ValueError: a sequence is full.
-            OutOfPagesError: the pool is too small.
         """
         self.cache.begin_step()
         if self._captures and self._captured is None and self._steps > 0:  # kernels and schedules exist by now

@@ -49,7 +49,6 @@ class KVCache:
         cores: list[CausalCoreAttention],
         batch_size: int,
         max_length: int,
-        num_pages: int | None,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -59,9 +58,7 @@ class KVCache:
         self.layers = [LayerCache(self, number, core, batch_size, device) for number, core in enumerate(cores)]
         self.last_use = np.stack([layer.last_use.numpy() for layer in self.layers])  # [layers, H_kv, n_blocks]
         self.pool = PagePool(
-            batch_size * sum(most_pages_held(layer.last_use) for layer in self.layers)
-            if num_pages is None
-            else num_pages,
+            batch_size * sum(most_pages_held(layer.last_use) for layer in self.layers),
             self.block_size,
             first.shape.head_dim,
             dtype,
@@ -127,7 +124,6 @@ class KVCache:
 
         Raises:
             ValueError: a sequence is full.
-            OutOfPagesError: no page is free.
         """
         active = np.flatnonzero(~self.finished)
         if (self.lengths[active] >= self.max_length).any():
@@ -173,9 +169,6 @@ class KVCache:
         """Fill the cache with random keys and values.
 
         The cache is then as after prompts of `lengths` [b] tokens, so that the next steps can be timed.
-
-        Raises:
-            OutOfPagesError: the pool is too small.
         """
         for layer in self.layers:
             layer.keep(lengths)
@@ -371,13 +364,12 @@ def _letters(cores: list[CausalCoreAttention]) -> str:
 
 
 @contextmanager
-def kv_cache(gpt: GPTModel, batch_size: int, max_length: int, *, num_pages: int | None = None) -> Iterator[KVCache]:
+def kv_cache(gpt: GPTModel, batch_size: int, max_length: int) -> Iterator[KVCache]:
     """Attach a cache to every core attention of `gpt` inside this context.
 
     Args:
         gpt: model in eval mode, without sequence parallelism; each tensor parallel group holds all of it.
         max_length: tokens of the longest sequence, prompt and continuation.
-        num_pages: pages of the pool on this rank; by default the most that sequences of this length can need.
     Raises:
         ValueError: the model can't decode with a cache, or a size is below 1.
         ConfigError: a layer's kind of attention doesn't support decoding.
@@ -389,8 +381,8 @@ def kv_cache(gpt: GPTModel, batch_size: int, max_length: int, *, num_pages: int 
         )
     if gpt.training:
         raise ValueError("the model is in training mode: call model.eval() before decoding")
-    if min(batch_size, max_length) < 1 or (num_pages is not None and num_pages < 1):
-        raise ValueError(f"sizes must be at least 1, got batch_size={batch_size}, {max_length=}, {num_pages=}")
+    if min(batch_size, max_length) < 1:
+        raise ValueError(f"sizes must be at least 1, got {batch_size=}, {max_length=}")
     cores = cores_of(gpt)
     if len(cores) != config.num_layers or any(core.kv is not None for core in cores):
         raise ValueError(f"{len(cores)} of {config.num_layers} layers support a cache, or one is already attached")
@@ -398,7 +390,7 @@ def kv_cache(gpt: GPTModel, batch_size: int, max_length: int, *, num_pages: int 
         problem = f"{kinds[0].label} attention (letter {kinds[0].letter}) doesn't support decoding"
         raise ConfigError("layout.layers", _letters(cores), problem, "Decode with a model of other kinds of attention")
     weight = next(gpt.parameters())
-    cache = KVCache(cores, batch_size, max_length, num_pages, weight.dtype, weight.device)
+    cache = KVCache(cores, batch_size, max_length, weight.dtype, weight.device)
     for core, layer in zip(cores, cache.layers, strict=True):
         core.kv = layer
     # transformer-engine's fused rotation supports only one position for all sequences

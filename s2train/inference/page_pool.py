@@ -50,7 +50,7 @@ class PagePool:
         if count > self._num_free:
             raise OutOfPagesError(
                 f"{count} pages of {self.page_bytes:,} bytes are needed, but {self._num_free} of {self.num_pages} are "
-                "free: open the cache with more num_pages, a smaller batch_size or a smaller max_length"
+                "free"
             )
         self._num_free -= count
         return self._free[self._num_free : self._num_free + count].copy()

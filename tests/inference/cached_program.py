@@ -20,7 +20,6 @@ from s2train.errors import ConfigError
 from s2train.inference.cached_model import CachedModel
 from s2train.inference.generation import generate
 from s2train.inference.kv_cache import KVCache, kv_cache
-from s2train.inference.page_pool import OutOfPagesError
 from s2train.inference.sampling import Sampler
 from s2train.layouts.patterns.registry import PATTERNS
 from s2train.megatron.block_attention import DenseCoreAttention
@@ -239,10 +238,6 @@ def rejections(device: torch.device) -> dict[str, Any]:
             return str(error)
         return "nothing"
 
-    def small_pool() -> None:
-        with kv_cache(gpt, 1, 4 * BLOCK, num_pages=5) as cache:
-            CachedModel(gpt, cache).prefill(tokens)
-
     def full() -> None:
         with kv_cache(gpt, 1, BLOCK) as cache:
             model = CachedModel(gpt, cache)
@@ -270,7 +265,7 @@ def rejections(device: torch.device) -> dict[str, Any]:
     def one_dimension() -> None:
         generate(gpt, tokens[0], 1)
 
-    answers = {"pool": message_of(small_pool, OutOfPagesError), "full": message_of(full, ValueError)}
+    answers = {"full": message_of(full, ValueError)}
     answers |= {"token": message_of(unknown_token, ValueError), "flat": message_of(one_dimension, ValueError)}
     answers |= {"nested": message_of(nested, ValueError), "parallel": message_of(sequence_parallel, ValueError)}
     answers["training"] = message_of(training, ValueError)
