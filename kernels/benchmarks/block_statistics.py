@@ -120,7 +120,7 @@ class Inputs:
         options = (DIM**-0.5, True, start)
         if statistic in ("mass", "listed"):
             layout = self.lists if statistic == "listed" else None
-            return reference_mass(q, k, lse, BLOCK, layout, *options, per_head=False)
+            return reference_mass(q, k, lse, BLOCK, layout, *options)
         if statistic == "effects":
             return reference_block_effects(q, k, v, lse, dout, delta, BLOCK, *options)
         rules = self.rules[:, :, block : block + 1, : -(-stop // BLOCK)].expand(HEADS, -1, -1, -1)

@@ -22,7 +22,6 @@ def block_mass(
     softmax_scale: float | None = None,
     causal: bool = True,
     query_offset: int = 0,
-    per_head: bool = False,
     format: Format = "sbhd",
     backend: Backend = "auto",
 ) -> Tensor:
@@ -44,13 +43,12 @@ def block_mass(
         layout: evaluate only the blocks that it lists. With the lse of attention over this layout a list's masses sum
             to 1; with that of dense attention their sum is the recall of the list.
         causal, query_offset, softmax_scale, format, backend: as in `block_sparse_attention`.
-        per_head: one result for each query head, not for each KV head.
 
     Returns:
-        float32 [b, H_kv, n_q, n_k] (H with `per_head`; float64 for float64), without gradient: a target, not a
-        function to train through. Row r is query block query_offset // block_size + r, up to the one of the last row.
-        With `layout` [b, H_kv, n_q, k]: slot s holds the mass of the key block that slot s of the layout lists; unused
-        slots, and a block's second mention in a list, have 0.
+        float32 [b, H_kv, n_q, n_k] (float64 for float64), without gradient: a target, not a function to train through.
+        Row r is query block query_offset // block_size + r, up to the one of the last row. With `layout`
+        [b, H_kv, n_q, k]: slot s holds the mass of the key block that slot s of the layout lists; unused slots, and a
+        block's second mention in a list, have 0.
 
     Memory: 4 * b * H * n_q * n_k bytes while it runs (k in place of n_k with `layout`): the Triton kernel writes each
     head's result first. The same in every run: there are no atomic sums. Precision as in `block_sparse_attention`.
@@ -61,23 +59,23 @@ def block_mass(
     check_call({"q": q, "k": k}, {"lse": lse}, format, block_size, softmax_scale, query_offset)
     qh, kh = to_bhsd(q.detach(), format), to_bhsd(k.detach(), format)
     if layout is not None:
-        _check_layout(layout, qh, kh, block_size, query_offset, per_head)
+        _check_layout(layout, qh, kh, block_size, query_offset)
         layout.check_values()
     scale = scale_of(softmax_scale, qh.shape[-1])
     with torch.no_grad():
         if resolve_backend(backend, q.device) == "torch":
             precise = torch.promote_types(q.dtype, torch.float32)
-            arguments = (block_size, layout, scale, causal, query_offset, per_head)
+            arguments = (block_size, layout, scale, causal, query_offset)
             return reference_mass(qh.to(precise), kh.to(precise), lse.detach(), *arguments)
         if q.dtype not in TRITON_DTYPES:
             raise ValueError(f"q is {q.dtype}: the triton backend takes {TRITON_DTYPES}; cast q and k")
         # imported here so that a process loads only the backend that it uses
         from .mass_kernel import triton_mass
 
-        return triton_mass(qh, kh, lse.detach(), block_size, layout, scale, causal, query_offset, per_head)
+        return triton_mass(qh, kh, lse.detach(), block_size, layout, scale, causal, query_offset)
 
 
-def _check_layout(layout: TopKLayout, q: Tensor, k: Tensor, block_size: int, query_offset: int, per_head: bool) -> None:
+def _check_layout(layout: TopKLayout, q: Tensor, k: Tensor, block_size: int, query_offset: int) -> None:
     b, heads, s_q, _ = q.shape
     kv_heads, s_k = k.shape[1:3]
     if not isinstance(layout, TopKLayout):
@@ -88,13 +86,11 @@ def _check_layout(layout: TopKLayout, q: Tensor, k: Tensor, block_size: int, que
         raise ValueError(f"the layout has blocks of {layout.block_size}, block_size is {block_size}: use one")
     if layout.device != q.device:
         raise ValueError(f"q is on {q.device} but the layout on {layout.device}: move it there")
-    if layout.batch_size != b or layout.num_heads != heads or layout.num_lists not in (heads, kv_heads):
+    if layout.batch_size != b or layout.num_heads != heads or layout.num_lists != kv_heads:
         raise ValueError(
             f"the layout has {layout.batch_size} x {layout.num_lists} lists for {layout.num_heads} heads; q and k have "
-            f"{b} sequences, {heads} heads and {kv_heads} KV heads: give each head, or each KV head, a list"
+            f"{b} sequences, {heads} heads and {kv_heads} KV heads: give each KV head a list"
         )
-    if layout.num_lists != kv_heads and not per_head:
-        raise ValueError("the layout lists blocks for each query head: their slots have no mean, use per_head=True")
     first, count = query_blocks(s_q, query_offset, block_size)
     if first + count > layout.num_query_blocks or -(-s_k // block_size) > layout.num_key_blocks:
         raise ValueError(

@@ -53,21 +53,19 @@ def _tile_mass(
         "first_block",
         "n_q",
         "n_k",
-        "heads_of_list",
         "list_blocks",
-        "share",
     ]
 )
 def s2_block_mass_kernel(
     q_ptr, k_ptr, lse_ptr, indices_ptr, mass_ptr,
     q_batch, q_head, q_row, k_batch, k_head, k_row,
-    scale_log2, num_heads, group, s_q, s_k, query_offset, first_block, n_q, n_k, heads_of_list, list_blocks, share,
+    scale_log2, num_heads, group, s_q, s_k, query_offset, first_block, n_q, n_k, list_blocks,
     DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
     SLOTS: tl.constexpr, CAUSAL: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
     """Write mass [b, H, n_q, BLOCK // ROWS, n_k].
 
-    If LISTED, n_k counts slots. Sums are divided by the block's rows and by `share`.
+    If LISTED, n_k counts slots. Sums are divided by the block's rows and by `group`.
     """
     TILES: tl.constexpr = BLOCK // ROWS
     PER_BLOCK: tl.constexpr = BLOCK // STEPS
@@ -87,11 +85,11 @@ def s2_block_mass_kernel(
     lse = base_2(lse_ptr + batch_head * s_q + position - query_offset, in_range)
     out = mass_ptr + (batch_head * num_tiles + tile) * n_k
     rows = tl.minimum(block * BLOCK + BLOCK, end) - tl.maximum(block * BLOCK, query_offset)
-    weight = 1.0 / (rows * share).to(tl.float32)
+    weight = 1.0 / (rows * group).to(tl.float32)
 
     total = 0.0
     if LISTED:
-        entry = ((b * (num_heads // heads_of_list) + h // heads_of_list) * list_blocks + block) * n_k
+        entry = ((b * (num_heads // group) + h // group) * list_blocks + block) * n_k
         slots = tl.arange(0, SLOTS)
         listed = tl.load(indices_ptr + entry + slots, mask=slots < n_k, other=-1)
         for step in range(0, n_k * PER_BLOCK):
@@ -143,7 +141,6 @@ def triton_mass(
     softmax_scale: float,
     causal: bool,
     query_offset: int,
-    per_head: bool,
 ) -> Tensor:
     """Compute `block_mass` of views q, k [b, h, s, d]."""
     q, k, lse = last_contiguous(q), last_contiguous(k), lse.contiguous()
@@ -160,11 +157,10 @@ def triton_mass(
         s2_block_mass_kernel[(programs,)](
             q, k, lse, None if layout is None else layout.indices, of_heads, *strides(q), *strides(k),
             softmax_scale * LOG2_E, heads, group, s_q, s_k, query_offset, first, n_q, n_k,
-            1 if layout is None else heads // layout.num_lists,
-            0 if layout is None else layout.num_query_blocks, 1 if per_head else group,
+            0 if layout is None else layout.num_query_blocks,
             DIM=dim, PADDED_DIM=padded(dim), BLOCK=block_size, ROWS=config.rows, STEPS=config.steps,
             SLOTS=1 if layout is None else triton.next_power_of_2(n_k), CAUSAL=causal, LISTED=layout is not None,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     mass = of_heads.sum(3) if tiles > 1 else of_heads[:, :, :, 0]
-    return mass if per_head or group == 1 else mass.unflatten(1, (kv_heads, group)).sum(2)
+    return mass if group == 1 else mass.unflatten(1, (kv_heads, group)).sum(2)

@@ -25,7 +25,6 @@ def reference_mass(
     softmax_scale: float,
     causal: bool,
     query_offset: int,
-    per_head: bool,
 ) -> Tensor:
     """Compute `block_mass` of views q, k [b, h, s, d].
 
@@ -49,7 +48,7 @@ def reference_mass(
         # blocks after the last key have no mass
         mass = torch.nn.functional.pad(mass, (0, max(0, layout.num_key_blocks - mass.shape[-1])))
         mass = mass.gather(-1, indices.clamp(min=0).long()).masked_fill(~first_mentions(indices), 0)
-    return mass if per_head else mass.unflatten(1, (kv_heads, -1)).mean(2)
+    return mass.unflatten(1, (kv_heads, -1)).mean(2)
 
 
 def probabilities(

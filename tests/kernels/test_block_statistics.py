@@ -130,16 +130,17 @@ def poisoned_mass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mass_kernel, "empty", lambda *args: spec.empty(*args).fill_(torch.nan))
 
 
-def in_torch(statistic: str, problem: Problem, inputs: Inputs, *rest: Any) -> Tensor:
+def in_torch(statistic: str, problem: Problem, inputs: Inputs, rules: Tensor | None = None) -> Tensor:
     """A statistic in plain torch, products in the inputs' dtype and sums in float32."""
     q, k, v, lse, dout, delta = inputs.cast()
     q, k, v, dout = (to_bhsd(x, problem.format) for x in (q, k, v, dout))
     options = (problem.dim**-0.5, problem.causal, problem.offset)
     if statistic == "mass":
-        return reference_mass(q, k, lse, problem.block, None, *options, *rest)
+        return reference_mass(q, k, lse, problem.block, None, *options)
     if statistic == "effects":
         return reference_block_effects(q, k, v, lse, dout, delta, problem.block, *options)
-    rules = rest[0].expand(problem.heads, -1, -1, -1)
+    assert rules is not None
+    rules = rules.expand(problem.heads, -1, -1, -1)
     return reference_rule_effects(q, k, v, lse, dout, delta, rules, problem.block, *options)
 
 
@@ -162,7 +163,7 @@ def assert_as_exact(name: str, x: Tensor, exact: Tensor, plain: Tensor, moved: l
     assert error <= 2 * max(allowed), f"{name}: relative error {error:.1e}, allowed twice {max(allowed):.1e}"
 
 
-def defined_mass(problem: Problem, inputs: Inputs, per_head: bool) -> Tensor:
+def defined_mass(problem: Problem, inputs: Inputs) -> Tensor:
     """The mean, spelled out over explicit probabilities."""
     a = problem.probabilities(inputs)
     _, n_q, n_k = problem.blocks
@@ -179,7 +180,7 @@ def defined_mass(problem: Problem, inputs: Inputs, per_head: bool) -> Tensor:
         ],
         -2,
     )
-    return mass if per_head else mass.unflatten(1, (problem.kv_heads, -1)).mean(2)
+    return mass.unflatten(1, (problem.kv_heads, -1)).mean(2)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -187,15 +188,11 @@ def defined_mass(problem: Problem, inputs: Inputs, per_head: bool) -> Tensor:
 def test_mass_is_the_mean_probability_of_a_block_pair(problem: Problem, backend: str, device: torch.device) -> None:
     inputs = problem.make(device)
     q, k, _, lse, _, _ = inputs.cast()
-    per_head = problem.batch > 1
-    mass = block_mass(q, k, lse, **problem.options, per_head=per_head, backend=backend)
-    plain = in_torch("mass", problem, inputs, per_head)
+    mass = block_mass(q, k, lse, **problem.options, backend=backend)
+    plain = in_torch("mass", problem, inputs)
     assert mass.dtype == torch.float32
-    exact = defined_mass(problem, inputs, per_head)
-    moved = [
-        block_mass(q, k, lse, **problem.options, per_head=per_head, backend="torch")
-        for q, k, _, lse, _, _ in rounded(inputs)
-    ]
+    exact = defined_mass(problem, inputs)
+    moved = [block_mass(q, k, lse, **problem.options, backend="torch") for q, k, _, lse, _, _ in rounded(inputs)]
     assert_as_exact("mass", mass, exact, plain, moved, exact)
 
 
@@ -215,16 +212,15 @@ def test_listed_blocks_have_the_mass_that_they_have_among_all(
     inputs = problem.make(device)
     q, k, _, lse, _, _ = inputs.cast()
     first, n_q, n_k = problem.blocks
-    for lists, per_head in ((problem.kv_heads, False), (problem.heads, True)):
-        indices = torch.randint(-1, n_k, (problem.batch, lists, first + n_q, 4), device=device)
-        indices[..., 3] = indices[..., 1]  # a second mention
-        layout = TopKLayout.from_indices(indices, problem.block, num_heads=problem.heads, num_key_blocks=n_k)
-        mass = block_mass(q, k, lse, layout=layout, **problem.options, per_head=per_head, backend=backend)
-        every = block_mass(q, k, lse, **problem.options, per_head=per_head, backend=backend)
-        mine = indices[:, :, first:]
-        repeated = torch.stack([(mine[..., :s] == mine[..., s : s + 1]).any(-1) for s in range(4)], -1)
-        expected = every.gather(-1, mine.clamp(min=0)).masked_fill((mine < 0) | repeated, 0)
-        torch.testing.assert_close(mass, expected, rtol=2e-6, atol=1e-7)
+    indices = torch.randint(-1, n_k, (problem.batch, problem.kv_heads, first + n_q, 4), device=device)
+    indices[..., 3] = indices[..., 1]  # a second mention
+    layout = TopKLayout.from_indices(indices, problem.block, num_heads=problem.heads, num_key_blocks=n_k)
+    mass = block_mass(q, k, lse, layout=layout, **problem.options, backend=backend)
+    every = block_mass(q, k, lse, **problem.options, backend=backend)
+    mine = indices[:, :, first:]
+    repeated = torch.stack([(mine[..., :s] == mine[..., s : s + 1]).any(-1) for s in range(4)], -1)
+    expected = every.gather(-1, mine.clamp(min=0)).masked_fill((mine < 0) | repeated, 0)
+    torch.testing.assert_close(mass, expected, rtol=2e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -421,10 +417,11 @@ def test_arguments_that_do_not_fit_are_rejected(device: torch.device) -> None:
     with pytest.raises(ValueError, match="query_offset"):
         block_mass(q, k, lse, **options | {"query_offset": -1})
     of_heads = TopKLayout.from_indices(torch.zeros(1, 2, 2, 1, dtype=torch.int32, device=device), 16, num_heads=2)
-    with pytest.raises(ValueError, match="per_head"):
+    with pytest.raises(ValueError, match="give each KV head a list"):
         block_mass(q, k, lse, layout=of_heads, **options)
+    of_kv_heads = TopKLayout.from_indices(of_heads.indices[:, :1], 16, num_heads=2)
     with pytest.raises(ValueError, match="too small"):
-        block_mass(q, k, lse, layout=of_heads, per_head=True, **options | {"query_offset": 20})
+        block_mass(q, k, lse, layout=of_kv_heads, **options | {"query_offset": 20})
     with pytest.raises(ValueError, match="dout"):
         block_effects(q, k, v, lse, dout[..., :8], delta, **options)
     with pytest.raises(ValueError, match="out must be"):

@@ -46,7 +46,7 @@ def report(kernel: str, dtype: str, dim: int, block: int) -> dict[str, Any]:
         listed = kernel == "listed mass"
         compiled = mass_kernel.s2_block_mass_kernel.run(
             x, x, rows, lists if listed else None, rows, *strides, *strides,
-            0.1, 32, 4, 4096, 4096, 0, 0, 32, 16 if listed else 32, 4, 32, 4,
+            0.1, 32, 4, 4096, 4096, 0, 0, 32, 16 if listed else 32, 32,
             DIM=dim, PADDED_DIM=dim, BLOCK=block, ROWS=config.rows, STEPS=config.steps, SLOTS=16 if listed else 1,
             CAUSAL=True, LISTED=listed, num_warps=config.num_warps, num_stages=config.num_stages,
             grid=(1,), warmup=True,
