@@ -20,9 +20,9 @@ T = TypeVar("T")
 class TopKLayout:
     """Kept key blocks of every query block, from a top-k.
 
-    Build it with `from_indices` or `from_mask` in every step. The host reads nothing, and new indices need no new
-    kernel. The index lists that kernels read are built on the device when a call first needs them, separately for
-    forward and backward. They stay in ``cache`` for the layout's lifetime.
+    Build it with `from_indices` in every step. The host reads nothing, and new indices need no new kernel. The index
+    lists that kernels read are built on the device when a call first needs them, separately for forward and backward.
+    They stay in ``cache`` for the layout's lifetime.
 
     Attributes:
         indices: int32 [batch, H or H_kv, n_q, k], contiguous: key blocks in any order; -1 marks an unused slot. With
@@ -79,23 +79,6 @@ class TopKLayout:
             ends = torch.iinfo(torch.int32)
             indices = indices.clamp(ends.min, ends.max)
         return cls(indices.to(torch.int32).contiguous(), block_size, num_heads, n_k)
-
-    @classmethod
-    def from_mask(cls, mask: Tensor, block_size: int, *, num_heads: int | None = None) -> TopKLayout:
-        """Build a layout from a bool mask, on the mask's device.
-
-        The mask is [batch, H or H_kv, n_q, n_k], True where a block is kept; each list gets n_k slots.
-
-        Args:
-            num_heads: H; by default the mask's.
-        """
-        if mask.dtype != torch.bool or mask.dim() != 4:
-            raise ValueError(
-                f"the mask must be bool [batch, heads, query blocks, key blocks], got {mask.dtype} {list(mask.shape)}"
-            )
-        n_k = mask.shape[3]
-        indices = torch.where(mask, torch.arange(n_k, dtype=torch.int32, device=mask.device), -1)
-        return cls.from_indices(indices, block_size, num_heads=num_heads or mask.shape[1], num_key_blocks=n_k)
 
     def to(self, device: torch.device | str) -> TopKLayout:
         """Return this layout on `device`; itself if already there."""

@@ -26,11 +26,6 @@ def test_mask_keeps_the_blocks_that_a_list_names() -> None:
     assert layout.mask().equal(expected.expand(1, 2, 2, 3))  # both heads share the list
 
 
-def test_a_mask_comes_back() -> None:
-    mask = torch.rand(2, 3, 4, 5) < 0.5
-    assert TopKLayout.from_mask(mask, 16).mask().equal(mask)
-
-
 def test_a_block_that_is_named_twice_counts_once() -> None:
     indices = torch.tensor([[[[1, 0, 1, 1]]]], dtype=torch.int32)
     assert lists(*kept_rows(indices, 2)) == [[0, 1]]
