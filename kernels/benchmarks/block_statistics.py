@@ -32,6 +32,7 @@ from ..block_statistics import block_effects, block_mass, output_delta, rule_eff
 from ..block_statistics.reference import reference_block_effects, reference_mass, reference_rule_effects
 from ..layout import BlockLayout
 from ..provenance import origin
+from ..relative_error import relative_error
 from ..spec import to_bhsd
 from ..topk_layout import TopKLayout
 from .program import add_output, check_output
@@ -141,8 +142,7 @@ def errors(case: Case, inputs: Inputs, result: Tensor) -> tuple[float, float]:
             part = part[..., : block + 1]
         mine.append(part.flatten())
     x64 = torch.cat(exact)
-    error, allowed = (float((torch.cat(x).double() - x64).norm() / x64.norm()) for x in (mine, plain))
-    return error, allowed
+    return relative_error(torch.cat(mine), x64), relative_error(torch.cat(plain), x64)
 
 
 def measure(case: Case, device: torch.device, clock: Clock) -> Record:

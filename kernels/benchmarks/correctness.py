@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..layout import BlockLayout
 from ..reference import reference_attention
+from ..relative_error import relative_error
 from ..spec import Format
 from .cases import Case
 from .inputs import head_values, make_inputs, positions_of
@@ -62,14 +63,6 @@ def sample(out: Tensor, gradients: tuple[Tensor, ...], format: Format, rows: Ten
         "dk": positions_of(dk, format, keys),
         "dv": positions_of(dv, format, keys),
     }
-
-
-def relative_error(measured: Tensor, exact: Tensor) -> float:
-    """Return the norm of the difference over the norm of `exact`.
-
-    Equal shapes.
-    """
-    return ((measured - exact).norm() / exact.norm().clamp(min=1e-30)).item()
 
 
 def shortened(case: Case) -> Case:

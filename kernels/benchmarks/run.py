@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..relative_error import relative_error
 from .cases import Case
 from .contenders import CONTENDERS, Attention, Contender, NotSupportedError, Problem
-from .correctness import Exact, Results, full_problem, relative_error, sample, short_problem, shortened
+from .correctness import Exact, Results, full_problem, sample, short_problem, shortened
 from .inputs import make_inputs
 from .limits import skip_reason
 from .timing import Clock, launch_costs, time_passes

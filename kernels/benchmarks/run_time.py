@@ -20,6 +20,7 @@ from torch import Tensor
 from ..attention import block_sparse_attention
 from ..dispatch import kernels_in_use
 from ..layout import BLOCK_SIZES, BlockLayout
+from ..relative_error import relative_error
 from ..topk_layout import Layout, TopKLayout
 from .cases import tokens
 from .run import failures
@@ -152,7 +153,8 @@ def _measure(case: RunTimeCase, clock: Clock, device: torch.device, budget_ms: f
         del out
     names = ("out", "dq", "dk", "dv")
     record["differences"] = {
-        name: max(_relative(x, static_x) for x in xs) for name, static_x, *xs in zip(names, *found, strict=True)
+        name: max(relative_error(x, static_x.float()) for x in xs)
+        for name, static_x, *xs in zip(names, *found, strict=True)
     }
     del found
     if not all(x <= _DIFFERENCE for x in record["differences"].values()):
@@ -182,10 +184,6 @@ def _build(lists: Callable[[], TopKLayout], case: RunTimeCase) -> None:
     else:
         assert layout.row_columns.numel() == layout.column_rows.numel()
         layout.columns_by_work(case.kv_heads)
-
-
-def _relative(x: Tensor, y: Tensor) -> float:
-    return ((x.float() - y.float()).norm() / y.float().norm().clamp(min=1e-30)).item()
 
 
 def run_time_table(records: list[Record]) -> Table:

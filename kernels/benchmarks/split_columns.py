@@ -31,6 +31,7 @@ from ..hyper import HyperSettings
 from ..hyper.launches import local_layout
 from ..layout import BlockLayout
 from ..provenance import origin
+from ..relative_error import relative_error
 from ..topk_layout import Layout, TopKLayout
 from .cases import parse_case
 from .program import add_device, add_output, check_device, check_output, machine, write_results
@@ -162,7 +163,7 @@ def measure(case: SplitCase, backend: str, clock: Clock, device: torch.device, b
         gradients[name] = backward(attend())
         record["results"][name] = time_passes(attend, backward, clock, budget_ms)
     record["differences"] = {
-        name: ((a.float() - b.float()).norm() / b.float().norm()).item()
+        name: relative_error(a, b.float())
         for name, a, b in zip(("dq", "dk", "dv"), gradients["split"], gradients["whole"], strict=True)
     }
     if not all(x <= _TOLERANCE for x in record["differences"].values()):

@@ -17,6 +17,7 @@ from ..hopper.backward_config import chosen_config
 from ..hopper.support import backward_choice, is_hopper, kernel_choice
 from ..layout import BlockLayout
 from ..reference import reference_attention
+from ..relative_error import relative_error
 from ..spec import AttentionSpec, Format, from_bhsd, to_bhsd
 from ..topk_layout import Layout, TopKLayout
 from .cases import Case, Timing
@@ -44,9 +45,7 @@ def compare(measured: list[Tensor], plain: list[Tensor], exact: list[Tensor]) ->
     """
     result: dict[str, Any] = {"ok": True}
     for name, x, same_dtype, x64 in zip(_NAMES[: len(exact)], measured, plain, exact, strict=True):
-        norm = x64.norm().clamp(min=1e-30)
-        error = ((x.double() - x64).norm() / norm).item()
-        allowed = ((same_dtype.double() - x64).norm() / norm).item()
+        error, allowed = relative_error(x, x64), relative_error(same_dtype, x64)
         result[name] = (error, allowed)
         result["ok"] &= error <= 2 * allowed + _FLOOR  # false for NaN too
     return result
@@ -313,7 +312,7 @@ def _check_one_head(
     for name, x in measured.items():
         reference = exact[name]
         assert reference is not None
-        errors[name] = ((x.float() - reference).norm() / reference.norm()).item()
+        errors[name] = relative_error(x, reference)
     return {"ok": all(error < 1e-2 for error in errors.values()), "errors": errors}
 
 

@@ -26,6 +26,7 @@ from ..benchmarks.program import write_results
 from ..check.poison import nan_filled
 from ..forward import forward
 from ..layout import BlockLayout
+from ..relative_error import relative_error
 from ..spec import AttentionSpec, to_bhsd
 from ..workers import run_tasks, serve
 from .backward import hopper_backward
@@ -256,8 +257,7 @@ def _run_item(item: Item, problems: dict[Any, Problem]) -> dict[str, Any]:
     out, lse = run()
     errors, lse_error = [], 0.0
     for head, start, stop, out_rows, lse_rows in p.exact:
-        measured = out[0, head, start:stop].float()
-        errors.append(((measured - out_rows).norm() / out_rows.norm()).item())
+        errors.append(relative_error(out[0, head, start:stop], out_rows))
         lse_error = max(lse_error, (lse[0, head, start:stop] - lse_rows).abs().max().item())
     complete = not bool(out.isnan().any() | lse.isnan().any())
     error = max(errors) if all(e == e for e in errors) else math.nan
@@ -282,7 +282,7 @@ def _run_backward(item: Item, p: Problem, settings: AttentionSpec) -> dict[str, 
         return backward(*arguments) if config is None else hopper_backward(*arguments, config)
 
     expected = [x.float() for x in backward(*arguments)]
-    errors = [((x.float() - y).norm() / y.norm()).item() for x, y in zip(run(), expected, strict=True)]
+    errors = [relative_error(x, y) for x, y in zip(run(), expected, strict=True)]
     row: dict[str, Any] = {"problem": item.problem, "variant": item.variant, "error": max(errors)}
     if config is not None:
         row |= {"stages": config.stages} | asdict(config.schedule)

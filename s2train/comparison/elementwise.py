@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
 from s2train.kernels.benchmarks.timing import Clock, time_passes
+from s2train.kernels.relative_error import relative_error
 from s2train.megatron.fused import linear_loss, swiglu, swiglu_launched_by_liger, vocab_parallel_loss
 from s2train.megatron.in_place_loss import loss_in_place
 from s2train.megatron.rotation import Rotation
@@ -242,9 +243,7 @@ def check(operation: Operation, dtype: torch.dtype, tokens: int = 2311) -> list[
         row: dict[str, Any] = {"operation": operation.name, "way": name, "dtype": str(dtype).removeprefix("torch.")}
         try:
             found, again = results(function, dtype), results(function, dtype)
-            errors = [
-                ((x.double() - y).norm() / y.norm().clamp(min=1e-30)).item() for x, y in zip(found, exact, strict=True)
-            ]
+            errors = [relative_error(x, y) for x, y in zip(found, exact, strict=True)]
             limits = [2 * error + _FLOOR for error in errors] if limits is None else limits
             row |= {"errors": errors, "limits": limits}
             row["ok"] = all(error <= limit for error, limit in zip(errors, limits, strict=True))

@@ -13,12 +13,13 @@ from torch import Tensor
 from s2train.attention.kind import LayerLayout
 from s2train.config import PretrainConfig
 from s2train.kernels.attention import Backend
-from s2train.kernels.benchmarks.correctness import relative_error, sample, whole_problem
+from s2train.kernels.benchmarks.correctness import sample, whole_problem
 from s2train.kernels.benchmarks.timing import Clock, time_passes
 from s2train.kernels.dense import dense_causal_attention, torch_unsupported_reason
 from s2train.kernels.flash4 import fa4_problem, fa4_unsupported_reason
 from s2train.kernels.layout import BlockLayout
 from s2train.kernels.layout_builder import ColumnRule
+from s2train.kernels.relative_error import relative_error
 from s2train.layouts.patterns.base import ones
 from s2train.megatron.block_attention import DenseCoreAttention, kernels_of
 from s2train.megatron.core_attention import CausalCoreAttention

@@ -21,6 +21,7 @@ from s2train.config import ParallelConfig
 from s2train.files import replacing
 from s2train.kernels.attention import block_sparse_attention
 from s2train.kernels.reference import reference_attention
+from s2train.kernels.relative_error import relative_error
 from s2train.megatron import setup
 from s2train.megatron.context_parallel.all_gather import chunk_ids
 from s2train.scaling.cases import Case, Shape
@@ -57,9 +58,7 @@ def exactness(case: Case, shape: Shape, device: torch.device) -> dict[str, Any]:
     for name, attend in exchange_modes(layout, group).items():
         found[name] = results(attend, [own(x) for x in whole])
     errors = {
-        mode: {
-            name: float((x - own(x64)).norm() / own(x64).norm()) for name, x, x64 in zip(NAMES, xs, exact, strict=True)
-        }
+        mode: {name: relative_error(x, own(x64)) for name, x, x64 in zip(NAMES, xs, exact, strict=True)}
         for mode, xs in found.items()
     }
     ranks: list[Any] = over_ranks(errors)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
+from s2train.kernels.relative_error import relative_error
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -53,10 +54,6 @@ def build(cfg: PretrainConfig) -> GPTModel:
 
 def logits_of(gpt: GPTModel, tokens: Tensor) -> Tensor:
     return gpt(tokens, torch.arange(tokens.shape[1]).expand_as(tokens).contiguous(), None)
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
 def together(weights: Iterable[Tensor]) -> list[Tensor]:
@@ -103,8 +100,8 @@ def parity_of_draw(core: CausalCoreAttention, oracle: Oracle) -> dict[str, list[
     double = {w.name: getattr(core, w.name).detach().double() for w in core.own_weights}
     losses = oracle.losses(core, double, *(x.double() for x in inputs))
     return {
-        "found": [relative(*pair) for pair in zip(found, exact, strict=True)],
-        "torch": [relative(*pair) for pair in zip(single, exact, strict=True)],
+        "found": [relative_error(*pair) for pair in zip(found, exact, strict=True)],
+        "torch": [relative_error(*pair) for pair in zip(single, exact, strict=True)],
         "recorded": [recorded[name] for name in losses],
         "losses": [float(loss) for loss in losses.values()],
     }
@@ -140,8 +137,8 @@ def documents_of_draw(core: CausalCoreAttention, oracle: Oracle) -> dict[str, li
     found = [out, *torch.autograd.grad(out, leaves, dout)]
     exact, single = by_oracle(torch.float64), by_oracle(torch.float32)
     return {
-        "found": [relative(*pair) for pair in zip(found, exact, strict=True)],
-        "torch": [relative(*pair) for pair in zip(single, exact, strict=True)],
+        "found": [relative_error(*pair) for pair in zip(found, exact, strict=True)],
+        "torch": [relative_error(*pair) for pair in zip(single, exact, strict=True)],
     }
 
 
@@ -244,7 +241,7 @@ def decoding(gpt: GPTModel, cfg: PretrainConfig, layers: str | None = None) -> d
         gpt = uncached.eval()
     whole = logits_of(gpt, tokens)
     rows = [torch.stack([whole[i, n - 1 + step] for i, n in enumerate(lengths)]) for step in range(total + 1)]
-    return {"error": relative(torch.stack(found), torch.stack(rows))}
+    return {"error": relative_error(torch.stack(found), torch.stack(rows).double())}
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from matplotlib.image import imread
+from s2train.kernels.relative_error import relative_error
 
 from s2train.attention.features import Feature
 from s2train.attention.kind import AttentionKind
@@ -28,7 +29,7 @@ from s2train.planning.show import show
 from s2train.validation.attention_kinds import check_kinds
 from tests.attention.oracles import ORACLES
 from tests.attention.toy import ToyKind
-from tests.checkpoints.hugging_face.test_export import load_file, megatron_logits, relative, tokens_of
+from tests.checkpoints.hugging_face.test_export import load_file, megatron_logits, tokens_of
 from tests.program import SMALL, UNSAVED, Outcome, error_line, metrics, pretrain, run
 
 STEPS = 3  # two with the block selection dense, and one with it sparse
@@ -150,7 +151,8 @@ def test_an_export_gives_the_logits_of_a_model_of_all_kinds_that_promise_it(tmp_
             model(torch.from_numpy(tokens)).logits
             for model in (load(str(tmp_path / "out")), load(str(tmp_path / "out")).double())
         )
-    assert relative(megatron_logits(tmp_path / "run", tokens, tmp_path), exact) < 2 * relative(single, exact)
+    error = relative_error(megatron_logits(tmp_path / "run", tokens, tmp_path), exact)
+    assert error < 2 * relative_error(single, exact)
 
 
 # What asks for a feature in a run. Decoding, exports and pictures are asked for by other programs.

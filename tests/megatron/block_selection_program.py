@@ -6,6 +6,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from s2train.kernels.relative_error import relative_error
 from s2train.kernels.select_blocks import reference_select_blocks
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -89,10 +90,6 @@ def dense_out() -> Tensor:
     return out.permute(2, 0, 1, 3).flatten(2)
 
 
-def error(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
-
-
 def warm_up() -> dict[str, Any]:
     core = make(scorer="sea", features=8, channels=4, warm_up_steps=2)[2]
     during, _, recorded = passed(core, step=2)
@@ -100,9 +97,9 @@ def warm_up() -> dict[str, Any]:
     evaluated = passed(core.eval(), step=2)[0]
     core.train()
     return {
-        "during": error(during, dense_out()),
+        "during": relative_error(during, dense_out()),
         "evaluated": float((evaluated - after).abs().max()),
-        "after": error(after, dense_out()),
+        "after": relative_error(after, dense_out()),
         "outside": float((outside - after).abs().max()),
         "recorded": recorded,
         "oracle": pooled_oracle(core),
@@ -168,7 +165,7 @@ def short() -> list[float]:
     errors = []
     for length in (1, BLOCK - 3, BLOCK, 2 * BLOCK - 1):
         query, key, value = (x[:length] for x in inputs())
-        errors.append(error(core(query, key, value, None), dense_out()[:length]))
+        errors.append(relative_error(core(query, key, value, None), dense_out()[:length]))
     return errors
 
 
@@ -329,7 +326,7 @@ def decoding(prompt: Tensor, steps: int, chunk: int, **settings: Any) -> dict[st
             logits += [model.decode(token) for token in following]
         whole = logits_of(gpt, tokens)
         expected = [whole[range(BATCH), (prompt - 1 + step).tolist()] for step in range(steps + 1)]
-        found[name] = max(map(error, logits, expected))
+        found[name] = max(map(relative_error, logits, expected))
     return found
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from s2train.kernels.interpreter import repair_interpreter
+from s2train.kernels.relative_error import relative_error
 
 from s2train.config import ModelConfig, ParallelConfig, PretrainConfig, TrainConfig
 from s2train.environment.liger import liger_operations
@@ -61,9 +62,7 @@ def compare(cfg: PretrainConfig, loss: str, packed: bool, device: torch.device) 
         return [losses.detach(), torch.cat([p.grad.flatten().float() for p in gpt.parameters() if p.grad is not None])]
 
     expected, *others = map(results, (exact, liger, plain))
-    errors = [
-        tuple(float((x - y).norm() / y.norm()) for x in found) for *found, y in zip(*others, expected, strict=True)
-    ]
+    errors = [tuple(relative_error(x, y) for x in found) for *found, y in zip(*others, expected, strict=True)]
     return dict(zip(("losses", "gradients"), errors, strict=True))
 
 

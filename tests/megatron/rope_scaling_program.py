@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from s2train.kernels.interpreter import repair_interpreter
+from s2train.kernels.relative_error import relative_error
 from torch import Tensor
 
 from s2train.config import ModelConfig, ParallelConfig, PretrainConfig, TrainConfig
@@ -79,7 +80,7 @@ def error(gpt: GPTModel, cfg: PretrainConfig) -> float:
     projected = seen["projected"].view(LENGTH, 2, groups, (per_group + 2) * HEAD)
     query, key, _ = projected.split([per_group * HEAD, HEAD, HEAD], -1)
     expected = [rotated(query.reshape(LENGTH, 2, -1, HEAD), cfg), rotated(key, cfg)]
-    return max(float((x.double() - y).norm() / y.norm()) for x, y in zip(seen["turned"], expected, strict=True))
+    return max(relative_error(x, y) for x, y in zip(seen["turned"], expected, strict=True))
 
 
 @torch.no_grad()
@@ -94,7 +95,7 @@ def cached_error(gpt: GPTModel) -> float:
         found = [model.prefill(tokens[:, :start], chunk=BLOCK)]
         found += [model.decode(tokens[:, at]) for at in range(start, LENGTH)]
     whole = torch.stack(found, 1)
-    return float((whole - plain[:, start - 1 :]).norm() / whole.norm())
+    return relative_error(whole, plain[:, start - 1 :])
 
 
 def main() -> None:

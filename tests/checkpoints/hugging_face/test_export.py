@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from s2train.kernels.relative_error import relative_error
 
 from s2train.checkpoints.folders import read_config
 from s2train.checkpoints.hugging_face.folder import write_weights
@@ -45,10 +46,6 @@ def import_weights(weights: Path, output: Path, *settings: str) -> Outcome:
     """By launch/import.py, with the run's settings in a `conf` beside the output, not in the repository's."""
     arguments = [f"weights={weights}", f"output={output}", f"conf={output.parent / 'conf'}", *settings]
     return run("import.py", *arguments, processes=0)
-
-
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
 def load_file(path: Path) -> ModuleType:
@@ -91,12 +88,12 @@ def test_the_modelling_file_gives_the_logits_of_the_checkpoint(tmp_path: Path, s
 
     out = str(tmp_path / "out")
     found, exact = logits()
-    assert relative(megatron_logits(tmp_path / "run", tokens, tmp_path), exact) < 2 * relative(found, exact)
+    assert relative_error(megatron_logits(tmp_path / "run", tokens, tmp_path), exact) < 2 * relative_error(found, exact)
 
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     (tmp_path / "out" / "config.json").write_text(json.dumps(config | {"layout": None}))
     dense, _ = logits()
-    assert relative(dense, exact) > 5 * relative(found, exact)
+    assert relative_error(dense, exact) > 5 * relative_error(found, exact)
 
 
 def test_a_dense_model_whose_heads_turn_in_part_is_no_plain_llama(tmp_path: Path) -> None:
@@ -117,7 +114,7 @@ def test_a_dense_model_whose_heads_turn_in_part_is_no_plain_llama(tmp_path: Path
     tokens = tokens_of()
     with torch.no_grad():
         found = model(torch.from_numpy(tokens)).logits
-    assert relative(found, megatron_logits(tmp_path / "run", tokens, tmp_path)) < TOLERANCE
+    assert relative_error(found, megatron_logits(tmp_path / "run", tokens, tmp_path)) < TOLERANCE
 
 
 def test_decoding_over_its_cache_is_decoding_without(tmp_path: Path) -> None:
@@ -175,7 +172,7 @@ def test_an_imported_llama_gives_its_logits_and_comes_back_as_it_was(tmp_path: P
     with torch.no_grad():
         expected = S2ForCausalLM.from_folder(str(llama))(torch.from_numpy(tokens)).logits
     found = megatron_logits(tmp_path / "run", tokens, tmp_path)
-    assert relative(found[..., :VOCABULARY], expected) < TOLERANCE
+    assert relative_error(found[..., :VOCABULARY], expected) < TOLERANCE
     assert not found[..., VOCABULARY:].any()
 
     back_as = [f"checkpoint={tmp_path / 'run'}", f"output={tmp_path / 'back'}", "vocab_size=272"]
