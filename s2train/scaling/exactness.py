@@ -23,7 +23,7 @@ from s2train.kernels.attention import block_sparse_attention
 from s2train.kernels.reference import reference_attention
 from s2train.kernels.relative_error import relative_error
 from s2train.megatron import setup
-from s2train.megatron.context_parallel.all_gather import chunk_ids
+from s2train.megatron.context_parallel.all_gather import own_rows
 from s2train.scaling.cases import Case, Shape
 from s2train.scaling.exchange_modes import exchange_modes
 from s2train.scaling.recorded import Recorded
@@ -45,8 +45,7 @@ def exactness(case: Case, shape: Shape, device: torch.device) -> dict[str, Any]:
     heads = (shape.heads, shape.kv_heads, shape.kv_heads, shape.heads)
     whole = [torch.randn(shape.length, 1, count, shape.dim).to(device) for count in heads]
 
-    def own(x: Tensor) -> Tensor:
-        return torch.cat([x.chunk(2 * size)[chunk] for chunk in chunk_ids(rank, size)])
+    own = partial(own_rows, rank=rank, size=size)
 
     def results(attend: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: list[Tensor]) -> list[Tensor]:
         q, k, v = (x.detach().requires_grad_() for x in inputs[:3])

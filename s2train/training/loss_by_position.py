@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from s2train.megatron.context_parallel.all_gather import chunk_ids
+from s2train.megatron.context_parallel.all_gather import own_rows
 
 _OCTAVES = 8
 
@@ -29,8 +29,7 @@ def position_bins(edges: list[int], cp_rank: int, cp_size: int, device: torch.de
     int64 [s / cp], in the rank's order.
     """
     positions = torch.arange(edges[-1], device=device)
-    chunks = positions.chunk(2 * cp_size)
-    own = torch.cat([chunks[i] for i in chunk_ids(cp_rank, cp_size)]) if cp_size > 1 else positions
+    own = own_rows(positions, cp_rank, cp_size) if cp_size > 1 else positions
     return torch.bucketize(own, torch.tensor(edges[1:], device=device), right=True)
 
 

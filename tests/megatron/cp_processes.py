@@ -10,10 +10,11 @@ from typing import Any
 import torch
 import torch.multiprocessing
 from s2train.kernels import BlockLayout, block_sparse_attention
+from s2train.kernels.relative_error import relative_error
 from torch import Tensor
 
 from s2train.config import PatternConfig
-from s2train.megatron.context_parallel.all_gather import chunk_ids
+from s2train.megatron.context_parallel.all_gather import own_rows
 from s2train.megatron.context_parallel.attention import attend_after_exchange, attend_overlapped
 from s2train.megatron.context_parallel.exchange_plan import exchanged_blocks
 from tests.layouts.layout_cases import make_hybrid
@@ -70,25 +71,34 @@ class Result:
 
 def run(size: int, blocks_per_chunk: int, folder: Path) -> dict[tuple[str, str, torch.dtype], list[Result]]:
     """Every case by every way in float64 and bfloat16, on `size` processes; the ranks' results, in their order."""
+    return on_ranks(partial(_measure, blocks_per_chunk), size, folder)
+
+
+def _measure(blocks_per_chunk: int, size: int, seed: int) -> dict[tuple[str, str, torch.dtype], Result]:
+    return {
+        (name, way, dtype): _compare(name, way, dtype, 2 * size * blocks_per_chunk, seed)
+        for name in CASES
+        for way in WAYS
+        for dtype in (torch.float64, torch.bfloat16)
+    }
+
+
+def on_ranks(measure: Callable[[int, int], dict[Any, Any]], size: int, folder: Path) -> dict[Any, list[Any]]:
+    """Measure on `size` processes, given their number and a seed; the ranks' results, in their order."""
     seed = random.randrange(2**31)
     print("seed", seed)
     # Forks have all imported; starting ranks afresh takes longer than their work.
     arguments: dict[str, Any] = {"nprocs": size, "start_method": "fork"}
-    torch.multiprocessing.start_processes(_rank, (size, blocks_per_chunk, folder, seed), **arguments)
+    torch.multiprocessing.start_processes(_rank, (measure, size, folder, seed), **arguments)
     of_rank = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
     return {key: [results[key] for results in of_rank] for key in of_rank[0]}
 
 
-def _rank(rank: int, size: int, blocks_per_chunk: int, folder: Path, seed: int) -> None:
+def _rank(rank: int, measure: Callable[[int, int], dict[Any, Any]], size: int, folder: Path, seed: int) -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
-    results = {}
-    for name in CASES:
-        for way in WAYS:
-            for dtype in (torch.float64, torch.bfloat16):
-                results[name, way, dtype] = _compare(name, way, dtype, 2 * size * blocks_per_chunk, seed)
-    torch.save(results, folder / f"{rank}.pt")
+    torch.save(measure(size, seed), folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -103,27 +113,27 @@ def _compare(name: str, way: str, dtype: torch.dtype, num_blocks: int, seed: int
     shapes = ((case.heads, DIM), (case.kv_heads, DIM), (case.kv_heads, value_dim), (case.heads, value_dim))
     inputs = [torch.randn(length, BATCH, *shape).to(dtype) for shape in shapes]
 
-    def mine(x: Tensor) -> Tensor:
-        return torch.cat([x.chunk(2 * size)[chunk] for chunk in chunk_ids(rank, size)])
+    mine = partial(own_rows, rank=rank, size=size)
 
     def whole(precise: torch.dtype) -> list[Tensor]:
         call = partial(block_sparse_attention, layout=layout, backend="torch")
-        return [mine(x) for x in _results(call, [x.to(precise) for x in inputs])]
+        return [mine(x) for x in gradients(call, [x.to(precise) for x in inputs])]
 
     sent: list[list[int]] = []
-    ours = _results(partial(_exchanged, way, layout, sent), [mine(x) for x in inputs])
+    ours = gradients(partial(_exchanged, way, layout, sent), [mine(x) for x in inputs])
     exact, plain = whole(torch.float64), whole(dtype)
-
-    def errors(found: list[Tensor]) -> dict[str, float]:
-        pairs = zip(NAMES, found, exact, strict=True)
-        return {name: float((x.double() - x64).norm() / x64.norm()) for name, x, x64 in pairs}
 
     block_bytes = BATCH * BLOCK * (DIM + value_dim) * dtype.itemsize
     predicted = exchanged_blocks(layout, case.kv_heads, size) * block_bytes
-    return Result(errors(ours), errors(plain), sent, predicted)
+    return Result(errors(ours, exact), errors(plain, exact), sent, predicted)
 
 
-def _results(attend: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: list[Tensor]) -> list[Tensor]:
+def errors(found: list[Tensor], exact: list[Tensor]) -> dict[str, float]:
+    return {name: relative_error(x, x64) for name, x, x64 in zip(NAMES, found, exact, strict=True)}
+
+
+def gradients(attend: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    """The output, and the gradients of q, k and v."""
     q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
     out = attend(q, k, v)
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), inputs[3])]

@@ -1,12 +1,10 @@
 """Attention within documents under context parallel in processes of their own, beside the same in one process."""
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,14 +13,14 @@ from s2train.kernels import BlockLayout, block_sparse_attention
 from torch import Tensor
 
 from s2train.megatron import cpu
-from s2train.megatron.context_parallel.all_gather import chunk_ids
+from s2train.megatron.context_parallel.all_gather import chunk_ids, own_rows
 from s2train.megatron.context_parallel.document_exchange import attend_documents_exchanged
 from s2train.megatron.context_parallel.documents import (
     DividedDocuments,
     attend_documents_gathered,
     divided_documents,
 )
-from tests.megatron.cp_processes import BLOCK, CASES, DIM, NAMES
+from tests.megatron.cp_processes import BLOCK, CASES, DIM, errors, gradients, on_ranks
 
 WAYS = ("gather", "blocks", "overlapped")
 BLOCKS_PER_CHUNK = 3
@@ -64,19 +62,11 @@ class Result:
 
 def run(size: int, folder: Path) -> dict[tuple[str, str, str, torch.dtype], list[Result]]:
     """Results of all ranks by layout, documents, way and dtype."""
-    seed = random.randrange(2**31)
-    print("seed", seed)
-    arguments: dict[str, Any] = {"nprocs": size, "start_method": "fork"}
-    torch.multiprocessing.start_processes(_rank, (size, folder, seed), **arguments)
-    of_rank = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
-    return {key: [results[key] for results in of_rank] for key in of_rank[0]}
+    return on_ranks(_measure, size, folder)
 
 
-def _rank(rank: int, size: int, folder: Path, seed: int) -> None:
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
+def _measure(size: int, seed: int) -> dict[tuple[str, str, str, torch.dtype], Result]:
     cpu.install()
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
     random.seed(seed)
     torch.manual_seed(seed)
     results = {}
@@ -86,8 +76,7 @@ def _rank(rank: int, size: int, folder: Path, seed: int) -> None:
             for dtype in (torch.float64, torch.float32) if documents == "any" else (torch.float64,):
                 for way, result in _compare(layout, CASES[name].kv_heads, bounds, dtype).items():
                     results[name, documents, way, dtype] = result
-    torch.save(results, folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return results
 
 
 def _compare(layout: BlockLayout, kv_heads: int, bounds: Tensor, dtype: torch.dtype) -> dict[str, Result]:
@@ -96,31 +85,20 @@ def _compare(layout: BlockLayout, kv_heads: int, bounds: Tensor, dtype: torch.dt
     counts = (heads, kv_heads, kv_heads, heads)
     inputs = [torch.randn(length, len(bounds), count, DIM).to(dtype) for count in counts]
 
-    def mine(x: Tensor) -> Tensor:
-        return torch.cat([x.chunk(2 * size)[chunk] for chunk in chunk_ids(rank, size)])
+    mine = partial(own_rows, rank=rank, size=size)
 
     def whole(precise: torch.dtype) -> list[Tensor]:
-        found = _results(partial(one_process, layout, bounds), [x.to(precise) for x in inputs])
+        found = gradients(partial(one_process, layout, bounds), [x.to(precise) for x in inputs])
         return [mine(x) for x in found]
 
     exact, plain = whole(torch.float64), whole(dtype)
 
-    def errors(found: list[Tensor]) -> dict[str, float]:
-        pairs = zip(NAMES, found, exact, strict=True)
-        return {name: float((x.double() - x64).norm() / x64.norm()) for name, x, x64 in pairs}
-
     results = {}
     for way in WAYS:
         documents = divided_documents(bounds, length, rank, size, "cpu")
-        found = _results(partial(_divided, way, layout, documents), [mine(x) for x in inputs])
-        results[way] = Result(errors(found), errors(plain))
+        found = gradients(partial(_divided, way, layout, documents), [mine(x) for x in inputs])
+        results[way] = Result(errors(found, exact), errors(plain, exact))
     return results
-
-
-def _results(attend: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: list[Tensor]) -> list[Tensor]:
-    q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
-    out = attend(q, k, v)
-    return [out.detach(), *torch.autograd.grad(out, (q, k, v), inputs[3])]
 
 
 def one_process(layout: BlockLayout, bounds: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

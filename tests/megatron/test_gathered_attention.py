@@ -10,7 +10,7 @@ import torch.multiprocessing
 from torch import Tensor
 
 from s2train.megatron import cpu
-from s2train.megatron.context_parallel.all_gather import chunk_ids, gather_sequence
+from s2train.megatron.context_parallel.all_gather import chunk_ids, gather_sequence, own_rows
 from s2train.megatron.context_parallel.attention import attend_gathered
 
 ROWS, BATCH, HEADS, DIM = 5, 2, 2, 4  # rows of a chunk
@@ -44,10 +44,7 @@ def rank_program(rank: int, size: int, folder: Path) -> None:
     for dtype in (torch.float64, torch.bfloat16):
         torch.manual_seed(1)  # the same inputs on every rank
         whole = [torch.randn(2 * size * ROWS, BATCH, HEADS, DIM, dtype=dtype) for _ in range(4)]
-
-        def mine(x: Tensor) -> Tensor:
-            return torch.cat([x.chunk(2 * size)[chunk] for chunk in chunk_ids(rank, size)])
-
+        mine = partial(own_rows, rank=rank, size=size)
         inputs = [mine(x) for x in whole]
         ways = {
             "ours": results(partial(attend_gathered, attend, group=group), inputs),

@@ -15,6 +15,12 @@ def chunk_ids(rank: int, size: int) -> tuple[int, int]:
     return rank, 2 * size - 1 - rank
 
 
+def own_rows(whole: Tensor, rank: int, size: int) -> Tensor:
+    """Return the rows of a sequence that a context parallel rank holds."""
+    chunks = whole.chunk(2 * size)
+    return torch.cat([chunks[chunk] for chunk in chunk_ids(rank, size)])
+
+
 def gather_sequence(local: Tensor, group: ProcessGroup) -> Tensor:
     """Gather all ranks' rows in the order of the sequence.
 
