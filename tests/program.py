@@ -107,11 +107,16 @@ def launch(launcher: str, *arguments: str, **environment: str) -> Outcome:
         return run(launcher, *arguments, processes=0, timeout=1800)
 
 
+def results_of(module: str, *arguments: str, processes: int = 0, interpret: bool = False) -> Any:
+    """JSON in the last line that a test module prints as a program."""
+    done = run(module, *arguments, processes=processes, interpret=interpret)
+    assert done.status == 0, done.err[-3000:]
+    return json.loads(done.out.splitlines()[-1])
+
+
 def reported(module: str, case: Sequence[Any]) -> Any:
-    """JSON that a test module, as a program with `case`, prints; Triton compiles there and does not interpret."""
-    outcome = run(module, json.dumps(case), processes=0)
-    assert outcome.status == 0, outcome.err[-2000:]
-    return json.loads(outcome.out.splitlines()[-1])
+    """Results of a test module for a case; Triton compiles there and does not interpret."""
+    return results_of(module, json.dumps(case))
 
 
 def pretrain(run_dir: Path, *arguments: str, processes: int = 1, cwd: Path = ROOT, pictures: bool = False) -> Outcome:

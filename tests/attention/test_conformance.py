@@ -30,7 +30,7 @@ from s2train.validation.attention_kinds import check_kinds
 from tests.attention.oracles import ORACLES
 from tests.attention.toy import ToyKind
 from tests.checkpoints.hugging_face.test_export import load_file, megatron_logits, tokens_of
-from tests.program import SMALL, UNSAVED, Outcome, error_line, metrics, pretrain, run
+from tests.program import SMALL, UNSAVED, Outcome, error_line, metrics, pretrain, results_of, run
 
 STEPS = 3  # two with the block selection dense, and one with it sparse
 TOLERANCE = 1e-5  # of another division, in fp32
@@ -46,9 +46,7 @@ def toy() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, Any]:
-    outcome = run("tests.attention.conformance_program", processes=0)
-    assert outcome.status == 0, outcome.err[-3000:]
-    found: dict[str, Any] = json.loads(outcome.out.splitlines()[-1])
+    found: dict[str, Any] = results_of("tests.attention.conformance_program")
     return found
 
 

@@ -1,21 +1,18 @@
 """Short runs say what a step's time went to, as `profile.steps` does, and free their models."""
 
-import json
 from typing import Any
 
 import pytest
 import torch
 
-from tests.program import run
+from tests.program import results_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(torch.cuda.is_available(), reason="reads the trace of a CPU")]
 
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, Any]:
-    done = run("tests.comparison.short_run_program", processes=0)
-    assert done.status == 0, done.err[-3000:]
-    found: dict[str, Any] = json.loads(done.out.splitlines()[-1])
+    found: dict[str, Any] = results_of("tests.comparison.short_run_program")
     return found
 
 

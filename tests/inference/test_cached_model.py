@@ -12,7 +12,7 @@ import pytest
 
 from s2train.layouts.patterns.registry import PATTERNS
 from tests.inference.cached_models import BLOCK, DIVIDED, MODELS, NUM_BLOCKS
-from tests.program import run
+from tests.program import results_of
 
 pytestmark = [pytest.mark.slow]
 
@@ -25,9 +25,7 @@ def measure(processes: int, *arguments: str, interpret: bool = False, device: st
     print("seed", seed)
     program, processes = "tests.inference.cached_program", processes if processes > 1 else 0
     if not device:
-        ran = run(program, seed, *arguments, processes=processes, interpret=interpret)
-        assert ran.status == 0, ran.err[-3000:]
-        return json.loads(ran.out.splitlines()[-1])
+        return results_of(program, seed, *arguments, processes=processes, interpret=interpret)
     done = subprocess.run(
         [sys.executable, "-m", program, seed, *arguments],
         cwd=ROOT,

@@ -1,18 +1,15 @@
 """The core attention of block selection: dense steps, whose loss trains what, recall, and what decoding reads."""
 
-import json
 from typing import Any
 
 import pytest
 
-from tests.program import run
+from tests.program import results_of
 
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, Any]:
-    outcome = run("tests.megatron.block_selection_program", processes=0)
-    assert outcome.status == 0, outcome.err[-3000:]
-    found: dict[str, Any] = json.loads(outcome.out.splitlines()[-1])
+    found: dict[str, Any] = results_of("tests.megatron.block_selection_program")
     return found
 
 

@@ -1,6 +1,5 @@
 """Liger-Kernel's kernels, in Triton's interpreter, are Megatron's in output and gradients."""
 
-import json
 import random
 from collections.abc import Callable
 from itertools import pairwise
@@ -16,7 +15,7 @@ from s2train.config import PretrainConfig
 from s2train.environment import liger
 from s2train.environment.liger import choose_loss, kernels_line, liger_operations
 from tests.megatron.interpreted_liger import repair_liger
-from tests.program import run
+from tests.program import results_of
 from tests.validation.test_rejections import config
 
 HOPPER = (9, 0)
@@ -232,9 +231,8 @@ def test_a_loss_in_place_rounds_gradients_alone_and_only_where_they_are_wanted()
 def test_a_model_trains_as_with_megatrons_kernels(tp: int) -> None:
     seed = str(random.randrange(2**31))
     print("seed", seed)
-    done = run("tests.megatron.liger_program", seed, str(tp), processes=tp, interpret=True)
-    assert done.status == 0, done.err[-3000:]
-    for case, found in json.loads(done.out.splitlines()[-1]).items():
+    measured = results_of("tests.megatron.liger_program", seed, str(tp), processes=tp, interpret=True)
+    for case, found in measured.items():
         for name, (error, of_megatrons) in found.items():
             assert error < max(1e-5, 2 * of_megatrons), (case, name)
 

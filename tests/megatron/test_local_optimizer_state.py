@@ -1,20 +1,18 @@
 """What a rank reads of the optimizer's state, and writes. That loaded runs continue alike: test_resume.py."""
 
-import json
 from typing import Any
 
 import pytest
 
-from tests.program import run
+from tests.program import results_of
 
 pytestmark = [pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    done = run("tests.training.loading_program", str(tmp_path_factory.mktemp("saved")), processes=2)
-    assert done.status == 0, done.err
-    found: list[dict[str, Any]] = json.loads(done.out.splitlines()[-1])
+    folder = tmp_path_factory.mktemp("saved")
+    found: list[dict[str, Any]] = results_of("tests.training.loading_program", str(folder), processes=2)
     return found
 
 

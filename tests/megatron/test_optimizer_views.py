@@ -1,20 +1,18 @@
 """A step equals Megatron's own bit for bit, and does nothing twice."""
 
-import json
 from typing import Any
 
 import pytest
 
-from tests.program import run
+from tests.program import results_of
 
 CASES = [f"{optimizer}, {precision}" for optimizer in ("distributed", "plain") for precision in ("bf16", "fp32")]
 
 
 @pytest.fixture(scope="module")
 def ranks() -> list[dict[str, Any]]:
-    done = run("tests.megatron.optimizer_views_program", processes=2)
-    assert done.status == 0, done.err[-3000:]
-    return json.loads(done.out.splitlines()[-1])  # type: ignore[no-any-return]
+    found: list[dict[str, Any]] = results_of("tests.megatron.optimizer_views_program", processes=2)
+    return found
 
 
 @pytest.mark.parametrize("case", CASES)

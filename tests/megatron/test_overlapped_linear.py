@@ -1,12 +1,11 @@
 """Linear layers that communicate while they compute give what Megatron's do."""
 
-import json
 import random
 from typing import Any
 
 import pytest
 
-from tests.program import run
+from tests.program import results_of
 
 RANKS = 2
 
@@ -15,9 +14,7 @@ RANKS = 2
 def found() -> dict[str, Any]:
     seed = str(random.randrange(2**31))
     print("seed", seed)
-    done = run("tests.megatron.overlapped_linear_program", seed, str(RANKS), processes=RANKS)
-    assert done.status == 0, done.err[-3000:]
-    return dict(json.loads(done.out.splitlines()[-1]))
+    return dict(results_of("tests.megatron.overlapped_linear_program", seed, str(RANKS), processes=RANKS))
 
 
 def test_outputs_and_gradients_are_megatrons(found: dict[str, Any]) -> None:

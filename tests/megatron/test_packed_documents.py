@@ -15,7 +15,7 @@ from s2train.megatron.core_attention import packed_documents
 from s2train.megatron.layout_cache import LayoutCache
 from s2train.megatron.model import transformer_config
 from s2train.planning import compose_run, hybrid_layout
-from tests.program import UNSAVED, metrics, pretrain, run
+from tests.program import UNSAVED, metrics, pretrain, results_of
 
 pytestmark = [pytest.mark.slow]
 
@@ -28,9 +28,7 @@ WITHIN = ["data.attention_within_documents=true", "train.steps=3", "data.path=mi
 def test_losses_and_gradients_are_those_of_the_documents_one_by_one(tp: int) -> None:
     seed = str(random.randrange(2**31))
     print("seed", seed)
-    done = run("tests.megatron.packed_program", seed, str(tp), processes=tp)
-    assert done.status == 0, done.err[-3000:]
-    for model, found in json.loads(done.out.splitlines()[-1]).items():
+    for model, found in results_of("tests.megatron.packed_program", seed, str(tp), processes=tp).items():
         assert found["losses"] < TOLERANCE, (model, found)
         assert found["gradients"] < TOLERANCE, (model, found)
         assert found["uncut"] > 1e-3, (model, found)

@@ -1,18 +1,16 @@
 """Scaled rotations are the papers', in training, in Liger-Kernel's kernel and over a cache; temperature once."""
 
-import json
 import random
 
 import pytest
 
-from tests.program import run
+from tests.program import results_of
 
 
 @pytest.fixture(scope="module")
 def errors() -> dict[str, dict[str, float]]:
-    done = run("tests.megatron.rope_scaling_program", str(random.randrange(2**31)), processes=0, interpret=True)
-    assert done.status == 0, done.err[-3000:]
-    found: dict[str, dict[str, float]] = json.loads(done.out.splitlines()[-1])
+    program, seed = "tests.megatron.rope_scaling_program", str(random.randrange(2**31))
+    found: dict[str, dict[str, float]] = results_of(program, seed, interpret=True)
     assert len(found) == 8
     return found
 

@@ -1,20 +1,17 @@
 """Scorers learn from a frozen dense model: its probabilities, and nothing else of it."""
 
-import json
 from typing import Any
 
 import pytest
 
-from tests.program import run
+from tests.program import results_of
 
 PHASES = pytest.mark.parametrize("phase", ["warm-up", "selected"])
 
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, Any]:
-    outcome = run("tests.megatron.teacher_program", processes=0)
-    assert outcome.status == 0, outcome.err[-3000:]
-    found: dict[str, Any] = json.loads(outcome.out.splitlines()[-1])
+    found: dict[str, Any] = results_of("tests.megatron.teacher_program")
     return found
 
 

@@ -1,13 +1,12 @@
 """torch's AdamW trains alike with and without its fused kernel, and resumes from either's checkpoint."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from s2train.kernels.versions import installed_version
 
-from tests.program import metrics, pretrain, run
+from tests.program import metrics, pretrain, results_of
 
 FUSED = "torch.optim.adamw.AdamW with its fused kernel"
 
@@ -22,14 +21,8 @@ def assert_equal_within_rounding(found: dict[str, list[dict[str, Any]]]) -> None
             assert set(one["devices"]) <= {"cpu"}, name
 
 
-def program() -> dict[str, list[dict[str, Any]]]:
-    done = run("tests.megatron.torch_adam_program", processes=0)
-    assert done.status == 0, done.err[-3000:]
-    return json.loads(done.out.splitlines()[-1])  # type: ignore[no-any-return]
-
-
 def test_both_kernels_train_alike_and_resume_from_either() -> None:
-    assert_equal_within_rounding(program())
+    assert_equal_within_rounding(results_of("tests.megatron.torch_adam_program"))
 
 
 @pytest.mark.gpu
@@ -37,7 +30,7 @@ def test_both_kernels_train_alike_and_resume_from_either() -> None:
 @pytest.mark.skipif(installed_version("transformer-engine") is not None, reason="Megatron takes transformer-engine's")
 class TestOnAGpu:
     def test_both_kernels_train_alike_and_resume_from_either(self) -> None:
-        assert_equal_within_rounding(program())
+        assert_equal_within_rounding(results_of("tests.megatron.torch_adam_program"))
 
     @pytest.mark.parametrize("distributed", ["true", "false"])
     def test_a_run_is_fused_and_resumes_bit_for_bit(self, distributed: str, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.program import run
+from tests.program import results_of
 
 pytestmark = [pytest.mark.slow]
 
@@ -19,9 +19,7 @@ VARIANTS = [
 
 @pytest.fixture(scope="module")
 def measured() -> list[dict[str, list[int]]]:
-    done = run("tests.planning.saved_bytes_program", json.dumps(VARIANTS), processes=0)
-    assert done.status == 0, done.err
-    found: list[dict[str, list[int]]] = json.loads(done.out.splitlines()[-1])
+    found: list[dict[str, list[int]]] = results_of("tests.planning.saved_bytes_program", json.dumps(VARIANTS))
     return found
 
 
