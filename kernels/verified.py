@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 
@@ -74,16 +73,12 @@ def verified(
     release: str | None,
     capability: tuple[int, int] | None,
     case: str,
-    entries: Iterable[Verified] | None = None,
 ) -> str | None:
     """Return the results file that verifies a case, or None.
 
     The case is one of a release on a GPU.
-
-    Args:
-        entries: the list to search, by default `VERIFIED`.
     """
-    for entry in VERIFIED if entries is None else entries:
+    for entry in VERIFIED:
         if (entry.library, entry.release, entry.capability) == (library, release, capability) and case in entry.cases:
             return entry.file
     return None

@@ -16,6 +16,7 @@ import torch
 _FLUSH_BYTES = 256 * 2**20  # more than any cache
 _HEAD_START = 4_000_000  # clock cycles, over 2 ms
 _CEILING_SIZE = 8192
+_CALLS = 40  # that a cost is measured over
 T = TypeVar("T")
 
 
@@ -100,7 +101,7 @@ def matmul_ceiling(clock: Clock, device: torch.device) -> float:
     return 2 * n**3 / median(clock.milliseconds(*span) for span in spans) / 1e9
 
 
-def launch_costs(call: Callable[[], object], clock: Clock, calls: int = 40) -> dict[str, Any]:
+def launch_costs(call: Callable[[], object], clock: Clock) -> dict[str, Any]:
     """Measure a call's cost beyond the device's work; call it warm.
 
     host_us: host time of one call while the device is busy. eager_ms: a single call, from an idle device to its end.
@@ -110,14 +111,14 @@ def launch_costs(call: Callable[[], object], clock: Clock, calls: int = 40) -> d
     if clock.on_gpu:
         torch.cuda._sleep(20 * _HEAD_START)
     begin = time.perf_counter()
-    for _ in range(calls):
+    for _ in range(_CALLS):
         call()
-    host = (time.perf_counter() - begin) / calls
+    host = (time.perf_counter() - begin) / _CALLS
     clock.wait()
 
     def per_call(run: Callable[[], object], *, ahead: bool) -> float:
         spans = []
-        for _ in range(calls):
+        for _ in range(_CALLS):
             if ahead:
                 clock.start()
             before = clock.mark()

@@ -16,13 +16,13 @@ Kind = TypeVar("Kind", bound=Pattern)
 _SLACK = 0.03  # random layouts keep at least the budget less this share of it
 
 
-def uniform_window(profile: Profile, density: float, sinks: int = 1) -> Layers | None:
-    """Return the widest window with sinks that meets the budget.
+def uniform_window(profile: Profile, density: float) -> Layers | None:
+    """Return the widest window with a sink that meets the budget.
 
     All heads get it. None if no window meets the budget.
     """
     blocks = -(-profile.seq_length // profile.block_size)
-    windows = [SlidingWindow(window, sinks) for window in range(1, blocks + 1)]
+    windows = [SlidingWindow(window, 1) for window in range(1, blocks + 1)]
     return _same(_densest(profile, windows, density), profile)
 
 

@@ -96,10 +96,10 @@ def measure_frontier(cfg: FrontierConfig) -> dict[str, Any]:
             print(f"{point.describe()}: loss {loss:.4f} ({row['change']:+.4f}){found_needles}", flush=True)
         rows.append(row)
         if is_first:
-            save(output, content)
+            write_json(output, content)
     content["dense_loss"], content["finished"] = rows[0]["loss"], True
     if is_first:
-        save(output, content)
+        write_json(output, content)
         draw_frontier(output.with_suffix(".png"), content, profile.model.name)
         Console(soft_wrap=True, width=120).print(frontier_table(content))
         print(f"frontier {output} and {output.with_suffix('.png')}", flush=True)
@@ -196,10 +196,6 @@ def _write(folder: Path, point: Point, layers: Layers, profile: Profile) -> str:
     comment = [f"{point.describe()}; of the frontier of {profile.about['checkpoint']}:", shlex.join(sys.argv)]
     write_layout(path, layout_of(layers, profile), comment)
     return path.name
-
-
-def save(output: Path, content: dict[str, Any]) -> None:
-    write_json(output, content)
 
 
 def _speedup(layers: Sequence[Sequence[Any]], profile: Profile) -> float:

@@ -9,6 +9,7 @@ import pytest
 from s2train.config import DataConfig, PretrainConfig
 from s2train.data.tokenizers import load_tokenizer
 from s2train.errors import ConfigError
+from s2train.files import write_json
 from s2train.layouts.patterns import Dense, GlobalBlocks, LocalVertical, Pattern, SlidingWindow, Span
 from s2train.planning import compose_run, hybrid_layout
 from s2train.semsa import frontier
@@ -101,7 +102,7 @@ def row(name: str, folder: Path | None = None) -> dict[str, Any]:
 
 def saved(profile: Profile, tmp_path: Path, *rows: dict[str, Any], finished: bool = False) -> None:
     content = started(profile, tmp_path / "elsewhere")
-    frontier.save(tmp_path / "f.json", content | {"rows": list(rows), "finished": finished})
+    write_json(tmp_path / "f.json", content | {"rows": list(rows), "finished": finished})
 
 
 def test_a_second_start_keeps_what_is_measured_even_at_further_densities(profile: Profile, tmp_path: Path) -> None:
