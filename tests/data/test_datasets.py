@@ -1,6 +1,6 @@
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from filelock import FileLock
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
@@ -39,14 +38,6 @@ def text_of(ids: torch.Tensor | np.ndarray) -> str:
 
 def tokens(dataset: Any, n: int) -> torch.Tensor:
     return torch.stack([dataset[i]["tokens"] for i in range(n)])
-
-
-@pytest.fixture
-def world_of_one() -> Iterator[None]:
-    """megatron-core 0.16 blends only where torch.distributed is initialised."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture

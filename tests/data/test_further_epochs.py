@@ -2,13 +2,12 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from s2train.config import PrepareConfig, PretrainConfig
 from s2train.data.datasets import build_datasets
@@ -31,14 +30,6 @@ def numbers(tmp_path: Path) -> Callable[[str], str]:
         return prefix
 
     return make
-
-
-@pytest.fixture
-def world_of_one() -> Iterator[None]:
-    """megatron-core 0.16 blends only where torch.distributed is initialised."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def order(cfg: PretrainConfig, begun_for: int, last: int) -> list[Sample]:

@@ -1,13 +1,12 @@
 """Cached indices that a kill or a full disk left incomplete are rebuilt."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from s2train.config import PretrainConfig
 from s2train.data.datasets import build_datasets
@@ -23,14 +22,6 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
     "removed": Path.unlink,
 }
-
-
-@pytest.fixture
-def world_of_one() -> Iterator[None]:
-    """megatron-core 0.16 blends only where torch.distributed is initialised."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def samples(cfg: PretrainConfig) -> torch.Tensor:
