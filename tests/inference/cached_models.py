@@ -76,12 +76,17 @@ REGISTERED: dict[str, PatternConfig] = {
 }
 
 
+def layers_of(*heads: Sequence[Pattern], block_size: int, num_kv_heads: int) -> HybridLayout:
+    """A layout of layers with these query heads."""
+    kinds = [LETTERS["D" if all(isinstance(h, Dense) for h in layer) else "S"] for layer in heads]
+    layers = tuple(LayerLayout(kind, tuple(layer), block_size) for kind, layer in zip(kinds, heads, strict=True))
+    return HybridLayout(layers, block_size, num_kv_heads, find_schedule(ScheduleConfig(kind="shifted")))
+
+
 def hybrid_of(name: str, block_size: int = BLOCK) -> HybridLayout:
     """The layout of one of MODELS."""
     heads, groups = MODELS[name]
-    kinds = [LETTERS["D" if all(isinstance(h, Dense) for h in layer) else "S"] for layer in heads]
-    layers = tuple(LayerLayout(kind, tuple(layer), block_size) for kind, layer in zip(kinds, heads, strict=True))
-    return HybridLayout(layers, block_size, groups, find_schedule(ScheduleConfig(kind="shifted")))
+    return layers_of(*heads, block_size=block_size, num_kv_heads=groups)
 
 
 def registered(kind: str, schedule: str = "shifted") -> HybridLayout:

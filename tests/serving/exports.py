@@ -1,30 +1,18 @@
 """Exports of small random models, with any layout, without training."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from s2train.attention.hybrid import HybridLayout
-from s2train.attention.kind import LayerLayout
-from s2train.attention.registry import LETTERS
 from s2train.checkpoints.hugging_face.folder import write_weights
 from s2train.checkpoints.hugging_face.layout_json import layout_json
 from s2train.checkpoints.hugging_face.weights import llama_shapes
-from s2train.config import ModelConfig, ScheduleConfig
-from s2train.layouts.patterns import Dense, Pattern
-from s2train.layouts.schedules import find_schedule
+from s2train.config import ModelConfig
 
 VOCABULARY, HEAD_DIM, HIDDEN = 96, 32, 64  # vLLM's attention on a CPU takes heads of 32 or more
-
-
-def layers_of(*heads: Sequence[Pattern], block_size: int, num_kv_heads: int) -> HybridLayout:
-    """A layout of layers with these query heads."""
-    kinds = [LETTERS["D" if all(isinstance(h, Dense) for h in layer) else "S"] for layer in heads]
-    layers = tuple(LayerLayout(kind, tuple(layer), block_size) for kind, layer in zip(kinds, heads, strict=True))
-    return HybridLayout(layers, block_size, num_kv_heads, find_schedule(ScheduleConfig(kind="shifted")))
 
 
 def write_export(

@@ -8,7 +8,8 @@ import pytest
 from s2train.layouts.patterns import Dense
 from s2train.layouts.patterns.window import SlidingWindow
 from s2train.serving.benchmark import composed_config, main, write_config
-from tests.serving.exports import layers_of, write_export
+from tests.inference.cached_models import layers_of
+from tests.serving.exports import write_export
 
 
 def test_results_are_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

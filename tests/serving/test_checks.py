@@ -10,7 +10,7 @@ from s2train.checkpoints.hugging_face.layout_json import layout_json
 from s2train.errors import ConfigError
 from s2train.layouts.patterns import Dense, LocalVertical
 from s2train.serving.checks import check
-from tests.serving.exports import layers_of
+from tests.inference.cached_models import layers_of
 
 LAYOUT = layout_json(
     layers_of([Dense()] * 4, [LocalVertical(1, 3, head) for head in range(4)], block_size=256, num_kv_heads=4)

@@ -13,9 +13,9 @@ from s2train.layouts.patterns import Dense, LocalVertical
 from s2train.layouts.patterns.window import SlidingWindow
 from s2train.serving.checks import warn_of_version
 from s2train.serving.plugin import register
-from tests.inference.cached_models import NUM_BLOCKS, REGISTERED, hybrid_of, registered
+from tests.inference.cached_models import NUM_BLOCKS, REGISTERED, hybrid_of, layers_of, registered
 from tests.serving.engine import assert_as_exact, assert_greedy, engine, random_prompts
-from tests.serving.exports import layers_of, write_export
+from tests.serving.exports import write_export
 from tests.serving.our_engine_program import run as our_engine
 
 pytestmark = [pytest.mark.slow]

@@ -16,7 +16,7 @@ from s2train.layouts.patterns.span import Span
 from s2train.layouts.patterns.window import GlobalBlocks, SlidingWindow
 from s2train.serving.export_layout import ExportLayout
 from s2train.serving.freeing import Expiry, held_pages, last_uses, longest_hit, most_pages, slots_of
-from tests.serving.exports import layers_of
+from tests.inference.cached_models import layers_of
 
 BLOCKS = 23
 

@@ -10,8 +10,9 @@ from triton import knobs
 pytest.importorskip("vllm")
 
 from s2train.layouts.patterns import Dense, LocalVertical
+from tests.inference.cached_models import layers_of
 from tests.serving.engine import assert_as_exact, engine, random_prompts
-from tests.serving.exports import layers_of, write_export
+from tests.serving.exports import write_export
 
 SPARSE = [LocalVertical(1, 3, head) for head in range(8)]
 

@@ -12,7 +12,8 @@ from s2train.checkpoints.hugging_face.modeling_s2 import S2ForCausalLM
 from s2train.checkpoints.hugging_face.tokenizer_files import write_tokenizer
 from s2train.data.tokenizers import ByteTokenizer
 from s2train.layouts.patterns import Dense, LocalVertical
-from tests.serving.exports import layers_of, write_export
+from tests.inference.cached_models import layers_of
+from tests.serving.exports import write_export
 from tests.serving.our_engine_program import run as our_engine
 from tests.serving.server import server
 
