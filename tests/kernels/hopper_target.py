@@ -2,6 +2,7 @@
 
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ from triton.backends.nvidia.compiler import get_ptxas
 SHARED_BYTES = 232448  # of a program on compute capability 9.0
 
 
-class Hopper:
-    """Stands in for Triton's driver: a GPU of compute capability 9.0 that nothing is launched on."""
+@dataclass(frozen=True)
+class Driver:
+    """Stands in for Triton's: a GPU of a compute capability, by default Hopper's, that nothing is launched on."""
+
+    capability: int = 90
 
     def get_current_target(self) -> Any:
-        return triton.backends.compiler.GPUTarget("cuda", 90, 32)
+        return triton.backends.compiler.GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
         return 0

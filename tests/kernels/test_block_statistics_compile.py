@@ -12,7 +12,7 @@ import pytest
 import torch
 import triton
 
-from tests.kernels.hopper_target import SHARED_BYTES, Hopper, ptxas_log
+from tests.kernels.hopper_target import SHARED_BYTES, Driver, ptxas_log
 from tests.program import reported
 
 # kernel, dtype, head dimension, block; the long ones are parts of the others
@@ -37,7 +37,7 @@ def report(kernel: str, dtype: str, dim: int, block: int) -> dict[str, Any]:
     from s2train.kernels.block_statistics import effects_kernel, mass_kernel
     from s2train.kernels.configs import config_for
 
-    triton.runtime.driver.set_active(Hopper())
+    triton.runtime.driver.set_active(Driver())
     element = getattr(torch, dtype)
     x, rows, lists = torch.empty(2, 32, dim, dtype=element), torch.empty(64), torch.empty(64, dtype=torch.int32)
     strides = (4096 * dim, dim, 32 * dim)

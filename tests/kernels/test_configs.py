@@ -14,6 +14,7 @@ import torch
 from s2train.kernels import BlockLayout
 from s2train.kernels.configs import config_for, shared_bytes
 
+from tests.kernels.hopper_target import Driver
 from tests.program import reported
 
 KERNELS = ("forward", "dq", "dkdv")
@@ -86,24 +87,14 @@ def compiled_sizes(capability: int, dtype: str, block: int, dim: int, v_dim: int
     from s2train.kernels.spec import AttentionSpec
     from triton.runtime.jit import JITFunction
 
-    class Driver:
-        def get_current_target(self) -> Any:
-            # 7.5 has less memory, but no product that Triton still compiles for
-            return triton.backends.compiler.GPUTarget("cuda", max(capability, 80), 32)
-
-        def get_current_device(self) -> int:
-            return 0
-
-        def get_current_stream(self, device: int) -> int:
-            return 0
-
     sizes: dict[str, int] = {}
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         sizes[self.__name__] = run(self, *args, grid=grid, warmup=True, **kwargs).metadata.shared
 
-    triton.runtime.driver.set_active(Driver())
+    # 7.5 has less memory, but no product that Triton still compiles for
+    triton.runtime.driver.set_active(Driver(max(capability, 80)))
     JITFunction.run = compile_only
     for module in (forward, backward):
         module.shared_limit = lambda device: LIMITS[capability]  # type: ignore[assignment]

@@ -12,7 +12,7 @@ import pytest
 import torch
 import triton
 
-from tests.kernels.hopper_target import SHARED_BYTES, Hopper, ptxas_log
+from tests.kernels.hopper_target import SHARED_BYTES, Driver, ptxas_log
 from tests.program import reported
 
 # dtype, head dimension, block, walk
@@ -44,7 +44,7 @@ def test_compiles_for_hopper(case: Case) -> None:
 def report(dtype: str, dim: int, block: int, walk: str) -> dict[str, Any]:
     from s2train.kernels.decode.kernels import s2_decode_kernel, tile_sizes
 
-    triton.runtime.driver.set_active(Hopper())
+    triton.runtime.driver.set_active(Driver())
     element = getattr(torch, dtype)
     steps, stages = tile_sizes(dim, dim, element, SHARED_BYTES)
     q, pages, parts = torch.empty(2, 32, dim, dtype=element), torch.empty(9, block, dim, dtype=element), torch.empty(64)

@@ -16,7 +16,7 @@ from s2train.kernels import BlockLayout, TopKLayout
 from s2train.kernels.spec import AttentionSpec
 from torch import Tensor
 
-from tests.kernels.hopper_target import SHARED_BYTES, Hopper, ptxas_log
+from tests.kernels.hopper_target import SHARED_BYTES, Driver, ptxas_log
 from tests.program import reported
 
 TRITON_36 = triton.__version__.startswith("3.6.")
@@ -169,7 +169,7 @@ def compiled_builders(block: int, split: bool = False) -> list[Any]:
 
 
 def report(direction: str, dtype: str, dim: int, v_dim: int, block: int, causal: bool, rows: str) -> dict[str, Any]:
-    triton.runtime.driver.set_active(Hopper())
+    triton.runtime.driver.set_active(Driver())
     if direction == "top-k":
         kernels = compiled_builders(block, rows == "split")
         log = "".join(ptxas_log(kernel) for kernel in kernels)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import triton
 
-from tests.kernels.hopper_target import Hopper, ptxas_log
+from tests.kernels.hopper_target import Driver, ptxas_log
 from tests.program import reported
 
 
@@ -23,7 +23,7 @@ def test_compiles_for_hopper(case: tuple[int, bool]) -> None:
 def report(columns: int, normalize: bool) -> dict[str, object]:
     from s2train.kernels.select_blocks_kernel import num_warps, s2_select_blocks_kernel
 
-    triton.runtime.driver.set_active(Hopper())
+    triton.runtime.driver.set_active(Driver())
     scores, numbers = torch.empty(64), torch.empty(64, dtype=torch.int32)
     warps = num_warps(columns)
     compiled = s2_select_blocks_kernel.run(

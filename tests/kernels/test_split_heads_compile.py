@@ -11,7 +11,7 @@ import pytest
 import torch
 import triton
 
-from tests.kernels.hopper_target import Hopper, ptxas_log
+from tests.kernels.hopper_target import Driver, ptxas_log
 from tests.program import reported
 
 
@@ -23,7 +23,7 @@ def test_compiles_for_hopper(backward: bool) -> None:
 def report(backward: bool) -> dict[str, int]:
     from s2train.kernels import split_heads
 
-    triton.runtime.driver.set_active(Hopper())
+    triton.runtime.driver.set_active(Driver())
     packed, cos = torch.empty(8, 2, 2, 6 * 64, dtype=torch.bfloat16), torch.empty(16, 32)
     q, k, v = (torch.empty(8, 2, heads, 64, dtype=torch.bfloat16) for heads in (8, 2, 2))
     compiled = []

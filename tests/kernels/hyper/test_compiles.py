@@ -12,7 +12,7 @@ import pytest
 import torch
 import triton
 
-from tests.kernels.hopper_target import SHARED_BYTES, Hopper, ptxas_log
+from tests.kernels.hopper_target import SHARED_BYTES, Driver, ptxas_log
 from tests.program import reported
 
 ATTENTION = ("hash", "sample_fwd", "bucket_fwd", "sample_dq", "sample_dkdv", "bucket_dq", "bucket_dkdv")
@@ -42,7 +42,7 @@ def report(dim: int, causal: bool) -> dict[str, Any]:
     from s2train.kernels.hyper.plan import make_plan, ranges_of
     from s2train.kernels.spec import AttentionSpec
 
-    triton.runtime.driver.set_active(Hopper())
+    triton.runtime.driver.set_active(Driver())
     launches.shared_limit = lambda device: SHARED_BYTES  # type: ignore[assignment]
     found: dict[str, Any] = {}
     for module, names in ((launches, ATTENTION), (plan_kernels, PLAN)):
