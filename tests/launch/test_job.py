@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.test_nodes import await_that
+from tests.processes import wait_for
 from tests.program import ROOT, SMALL, Outcome, error_line, launch
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("job")]
@@ -102,7 +102,7 @@ def test_a_save_may_take_longer_than_half_a_minute(tmp_path: Path) -> None:
     (tmp_path / "saves.py").write_text(SAVES)
     command = [sys.executable, "launch/job.py", "--standalone", "--nproc-per-node", "1", str(tmp_path / "saves.py")]
     running = subprocess.Popen([*command, str(tmp_path)], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    await_that((tmp_path / "started").exists, "the rank to start")
+    wait_for((tmp_path / "started").exists, "the rank to start", seconds=400)
     running.terminate()
     running.wait(120)
     assert (tmp_path / "saved").exists()
@@ -131,9 +131,9 @@ def test_a_second_ctrl_c_ends_the_ranks_at_once(tmp_path: Path) -> None:
         text=True,
         start_new_session=True,
     ) as running:
-        await_that((tmp_path / "started").exists, "the rank to start")
+        wait_for((tmp_path / "started").exists, "the rank to start", seconds=400)
         os.killpg(running.pid, signal.SIGINT)
-        await_that((tmp_path / "saves").exists, "the rank to hear of it")
+        wait_for((tmp_path / "saves").exists, "the rank to hear of it")
         os.killpg(running.pid, signal.SIGINT)
         _, err = running.communicate(timeout=20)
     assert running.returncode == 128 + signal.SIGINT

@@ -4,7 +4,6 @@ import os
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 from s2train.errors import EXIT_REQUEUE
 from tests.forked import forking_python, free_port
 from tests.launch.slurm import write_slurm
+from tests.processes import wait_for
 from tests.program import ROOT, SMALL, metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nodes")]
@@ -47,13 +47,6 @@ def environment(folder: Path, **settings: object) -> dict[str, str]:
     clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONUNBUFFERED")}
     job = {"HEAD": f"localhost:{free_port()}", "JOB_ID": folder.name, "NNODES": "2"}
     return clean | job | own | {name: str(value) for name, value in settings.items()}
-
-
-def await_that(condition: Callable[[], bool], what: str, seconds: float = 400) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, f"waited for {what}"
-        time.sleep(0.2)
 
 
 def kill(node: subprocess.Popen[bytes]) -> None:
@@ -95,14 +88,14 @@ def test_a_node_that_dies_and_rejoins_resumes_from_the_last_checkpoint(
             return tried.connect_ex(("localhost", int(env["HEAD"].split(":")[1]))) == 0
 
     first = start([*command, run_dir], tmp_path / "first.txt", env)
-    await_that(port_is_open, "the first node, which keeps the rendezvous")
+    wait_for(port_is_open, "the first node, which keeps the rendezvous", seconds=400)
     second = start([*command, run_dir], tmp_path / "second.txt", env)
-    await_that(lambda: bool(list(folder.glob("checkpoints/iter_*"))), "a checkpoint")
+    wait_for(lambda: bool(list(folder.glob("checkpoints/iter_*"))), "a checkpoint", seconds=400)
     kill(second)
     assert not list(folder.glob("checkpoints/iter_0000020"))
 
     second = start([*command, run_dir], tmp_path / "second.txt", env)
-    await_that(lambda: first.poll() is not None and second.poll() is not None, "the end")
+    wait_for(lambda: first.poll() is not None and second.poll() is not None, "the end", seconds=400)
     assert (first.returncode, second.returncode) == (0, 0), (tmp_path / "first.txt").read_text()[-3000:]
     assert metrics(folder)[-1]["step"] == 20
     outputs = [path.read_text() for path in (tmp_path / "logs").rglob("stdout.log")]
@@ -131,7 +124,7 @@ def test_a_slurm_job_whose_time_is_up_saves_and_is_queued_again(
     command = [*starts, str(tmp_path / "program.py"), str(tmp_path)]
 
     job = start(command, tmp_path / "job.txt", env)
-    await_that(lambda: len(list(tmp_path.glob("ready*"))) == 2, "the ranks")
+    wait_for(lambda: len(list(tmp_path.glob("ready*"))) == 2, "the ranks", seconds=400)
     job.send_signal(signal.SIGUSR1)
     assert job.wait(200) == EXIT_REQUEUE
     assert sorted(path.name for path in tmp_path.glob("saved*")) == ["saved0", "saved1"]
@@ -148,7 +141,7 @@ def test_what_a_rank_writes_is_in_the_log_at_once(
     (tmp_path / "speaks.py").write_text("import time\nprint('spoken')\ntime.sleep(300)\n")
     log = tmp_path / "log.txt"
     job = start(["launch/multinode.sh", str(tmp_path / "speaks.py")], log, environment(tmp_path, NNODES=1))
-    await_that(lambda: "[rank0]: spoken\n" in log.read_text(), "the rank's words", seconds=60)
+    wait_for(lambda: "[rank0]: spoken\n" in log.read_text(), "the rank's words")
     assert job.poll() is None
 
 
@@ -161,7 +154,7 @@ def test_if_one_node_rejects_the_run_all_nodes_exit_with_its_status(
         start([*command, more], tmp_path / f"{more}.txt", env)
         for more in ("train.steps=6", "train.global_batch_size=3")
     ]
-    await_that(lambda: all(node.poll() is not None for node in nodes), "the end", seconds=200)
+    wait_for(lambda: all(node.poll() is not None for node in nodes), "the end", seconds=200)
     assert [node.returncode for node in nodes] == [2, 2]
     found = [line for path in tmp_path.glob("*.txt") for line in path.read_text().splitlines() if "error: " in line]
     assert len(found) == 1

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from tests.launch.slurm import write_slurm
+from tests.processes import wait_for
 from tests.program import ROOT
 
 SCRIPTS = sorted([*ROOT.glob("launch/**/*.sh"), *ROOT.glob("launch/**/*.sbatch")])
@@ -48,10 +49,8 @@ def at_work(command: list[str], job: dict[str, str], folder: Path, processes: in
     env = job | {"STAYS": "yes"}
     pipe = subprocess.PIPE
     with subprocess.Popen(["bash", *command], env=env, cwd=folder, stdout=pipe, stderr=pipe, text=True) as batch:
-        until = time.monotonic() + 60
-        while listeners(batch.pid) < processes:  # a signal that comes before ends a shell
-            assert time.monotonic() < until
-            time.sleep(0.05)
+        # a signal that comes before ends a shell
+        wait_for(lambda: listeners(batch.pid) >= processes, "listeners")
         family = psutil.Process(batch.pid).children(recursive=True)
         try:
             yield batch

@@ -10,6 +10,7 @@ from threading import Timer
 import pytest
 
 from s2train.scaling.launchers import Launch, Launcher, by_fork, by_torchrun
+from tests.processes import is_alive, wait_for
 from tests.program import ROOT
 
 SLEEP = "import os, sys, time\nopen(f\"{sys.argv[1]}/{os.environ['RANK']}\", 'w').write(str(os.getpid()))\n"
@@ -23,21 +24,6 @@ def program(folder: Path, text: str) -> list[str]:
 
 def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), **more}
-
-
-def wait_for(condition: object, seconds: float = 30) -> None:
-    assert callable(condition)
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.02)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def pids(folder: Path) -> list[int]:
@@ -114,11 +100,11 @@ def test_ranks_end_with_the_program_that_started_them(tmp_path: Path) -> None:
     )
     started = subprocess.Popen([sys.executable, str(caller)], env=environment())
     try:
-        wait_for(lambda: len(pids(tmp_path)) == 2)
+        wait_for(lambda: len(pids(tmp_path)) == 2, "the ranks")
     finally:
         started.kill()
         started.wait()
-    wait_for(lambda: not any(map(is_alive, pids(tmp_path))))
+    wait_for(lambda: not any(map(is_alive, pids(tmp_path))), "the end of the ranks")
 
 
 def test_torchrun_keeps_the_users_log_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from omegaconf import OmegaConf
 
 from s2train.data.blend import BUNDLED_PREFIX
 from tests.forked import forking_python
+from tests.processes import is_alive, wait_for
 from tests.program import ROOT, SMALL, Outcome, error_line, metrics, run
 
 pytestmark = pytest.mark.xdist_group("sweeps")
@@ -60,13 +60,6 @@ def test_a_failing_job_stops_no_other_and_the_same_sweep_again_runs_only_that(tm
     assert again[0]["loss"] == again[1]["loss"]  # the same data at another path
 
 
-def is_alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
 @pytest.mark.slow
 def test_an_interrupted_sweep_stops_its_ranks_and_resumes_from_their_checkpoint(tmp_path: Path) -> None:
     folder, pretrain = tmp_path / "mine", str(ROOT / "launch" / "pretrain.py")
@@ -75,18 +68,19 @@ def test_an_interrupted_sweep_stops_its_ranks_and_resumes_from_their_checkpoint(
     command = [str(forking_python(tmp_path)), str(tmp_path / "program.py"), "-m", *settings]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 240
-    while not list(folder.glob("*/checkpoints/iter_*")):
+
+    def has_saved() -> bool:
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+        return any(folder.glob("*/checkpoints/iter_*"))
+
+    wait_for(has_saved, "a checkpoint", seconds=240)
     family = psutil.Process(int((tmp_path / "process").read_text())).children(recursive=True)
     assert len(family) > 1  # a launcher and its rank
     process.send_signal(signal.SIGTERM)
     _, printed = process.communicate(timeout=120)
     assert process.returncode == 130
     assert b"the same command resumes" in printed
-    assert not any(is_alive(member) for member in family)
+    assert not any(is_alive(member.pid) for member in family)
 
     again = run("pretrain.py", "-m", *settings, processes=0)
     assert again.status == 0, again.err

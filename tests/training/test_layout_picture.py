@@ -3,8 +3,6 @@
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from s2train.errors import ConfigError
 from s2train.planning import compose_run, hybrid_layout
 from s2train.training import layout_picture
 from s2train.training.layout_picture import LayoutPicture, check_matplotlib
+from tests.processes import wait_for
 
 
 class FakeTracker:
@@ -52,18 +51,11 @@ def started(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
     monkeypatch.setattr(layout_picture, "worker_command", lambda module: [sys.executable, "-c", program])
 
 
-def wait_until(is_done: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not is_done():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 def test_a_process_draws_it_during_the_steps(cfg: PretrainConfig) -> None:
     picture = picture_of(cfg, tracker := FakeTracker())
     with picture:
         picture.start()
-        wait_until(lambda: bool(tracker.pictures or tracker.notes))
+        wait_for(lambda: bool(tracker.pictures or tracker.notes), "the picture")
         assert (tracker.pictures, tracker.notes) == ([("layout/picture", True)], [])
     assert picture.path == Path(cfg.run_dir) / "layout.png"
     assert len(tracker.pictures) == 1
@@ -83,7 +75,7 @@ def test_an_error_of_its_process_is_logged(cfg: PretrainConfig, monkeypatch: pyt
     picture = picture_of(cfg, tracker := FakeTracker())
     with picture:
         picture.start()
-        wait_until(lambda: bool(tracker.notes))
+        wait_for(lambda: bool(tracker.notes), "the note")
     assert tracker.notes == ["the layout's picture can't be drawn: OSError: disk is full; continuing"]
     assert (tracker.pictures, picture.path) == ([], None)
 
@@ -95,7 +87,7 @@ def test_what_a_signal_to_all_processes_interrupts_is_drawn_at_the_end(
     picture = picture_of(cfg, tracker := FakeTracker())
     with picture:
         picture.start()
-        wait_until(lambda: not any(thread.name == "layout picture" for thread in threading.enumerate()))
+        wait_for(lambda: not any(thread.name == "layout picture" for thread in threading.enumerate()), "the thread")
     assert (tracker.pictures, tracker.notes) == ([("layout/picture", True)], [])
 
 
