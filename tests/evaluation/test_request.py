@@ -4,18 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from s2train.config import LayoutConfig, PatternConfig
 from s2train.environment.hardware import Hardware
 from s2train.errors import ConfigError
 from s2train.evaluation.config import EvaluateConfig
 from s2train.evaluation.request import Request, read_request
 from s2train.evaluation.tasks import load_tasks
-from s2train.layouts.patterns.file import write_masks
-from tests.needles.test_request import save
+from tests.needles.test_request import save, save_masked
 
 CPU = Hardware("CPU", "cpu", 1 << 30)
 
@@ -89,11 +86,6 @@ def test_a_stride_that_leaves_tokens_out_is_rejected(checkpoint: Path, text: str
         read(checkpoint, text=text, length=64, windows="sliding", stride=65)
 
 
-def test_one_file_twice_is_rejected(checkpoint: Path, text: str) -> None:
-    with pytest.raises(ConfigError, match=r"^text=.*is there twice"):
-        read(checkpoint, text=[text, text])
-
-
 def test_an_existing_output_is_kept(checkpoint: Path, text: str) -> None:
     (checkpoint / "evaluation.json").touch()
     with pytest.raises(ConfigError, match=r"^output=.*evaluation.json: exists.*overwrite=true"):
@@ -113,10 +105,7 @@ def test_a_task_without_the_harness_is_rejected_with_the_extra(monkeypatch: pyte
 
 
 def test_a_layout_that_ends_before_the_length_is_rejected(tmp_path: Path, text: str) -> None:
-    masks = np.tril(np.ones((4, 2, 2), dtype=bool))
-    write_masks(tmp_path / "masks.npz", {0: masks, 1: masks}, 64)
-    pattern = PatternConfig("file", file=str(tmp_path / "masks.npz"))
-    checkpoint = save(tmp_path / "masked", layout=LayoutConfig("S", 64, pattern))
+    checkpoint = save_masked(tmp_path / "masked")
     assert read(checkpoint, text=text, length=128)
     with pytest.raises(ConfigError, match=r"^length=129: the checkpoint's layout is shorter"):
         read(checkpoint, text=text, length=129)

@@ -4,18 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
 from s2train.command_line.overrides import quote_text
-from s2train.config import LayoutConfig, PatternConfig
 from s2train.environment.hardware import Hardware
 from s2train.errors import ConfigError
 from s2train.generation.config import GenerateConfig
 from s2train.generation.request import Request, read_request
-from s2train.layouts.patterns.file import write_masks
-from tests.needles.test_request import save
+from tests.needles.test_request import save, save_masked
 
 CPU = Hardware("CPU", "cpu", 1 << 30)
 
@@ -86,10 +83,7 @@ def test_an_existing_output_is_kept(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_a_layout_that_ends_before_the_text_is_rejected(tmp_path: Path) -> None:
-    masks = np.tril(np.ones((4, 2, 2), dtype=bool))
-    write_masks(tmp_path / "masks.npz", {0: masks, 1: masks}, 64)
-    pattern = PatternConfig("file", file=str(tmp_path / "masks.npz"))
-    checkpoint = save(tmp_path / "run", layout=LayoutConfig("S", 64, pattern))
+    checkpoint = save_masked(tmp_path / "run")
     assert read(checkpoint, "x" * 28, max_tokens=100)
     with pytest.raises(ConfigError, match=r"^max_tokens=101: the checkpoint's layout is shorter"):
         read(checkpoint, "x" * 28, max_tokens=101)

@@ -34,6 +34,13 @@ def save(run: Path, tokenizer: str = "bytes", layout: LayoutConfig | None = None
     return run
 
 
+def save_masked(run: Path) -> Path:
+    """A run of 512 tokens whose layout's file holds masks of 128."""
+    masks = np.tri(2, dtype=bool)[None].repeat(4, 0)
+    write_masks(run.with_suffix(".npz"), {0: masks, 1: masks}, 64)
+    return save(run, layout=LayoutConfig("S", 64, PatternConfig("file", file=str(run.with_suffix(".npz")))))
+
+
 def read(checkpoint: Path, world_size: int = 1, hardware: Hardware = CPU, **settings: Any) -> Request:
     return read_request(NeedleConfig(checkpoint=str(checkpoint), **settings), world_size, hardware)
 

@@ -10,7 +10,7 @@ from s2train.kernels.verified import VERIFIED
 from s2train.errors import ConfigError
 from s2train.planning import check, hybrid_layout, preview
 from s2train.validation import libraries
-from tests.validation.test_rejections import CPU, GPU, config
+from tests.validation.test_rejections import CPU, GPU, config, rejection
 
 H100 = replace(GPU, capability=(9, 0))
 A100 = replace(GPU, capability=(8, 0))
@@ -26,12 +26,6 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(dense_choice, "installed_version", releases.get)
     monkeypatch.setattr("s2train.environment.liger.installed_version", releases.get)
     return monkeypatch
-
-
-def rejection(hardware: Any, processes: int = 1, **changes: Any) -> ConfigError:
-    with pytest.raises(ConfigError) as rejected:
-        check(config(**changes), processes, hardware)
-    return rejected.value
 
 
 def import_all(hardware: Any = H100, **changes: Any) -> None:

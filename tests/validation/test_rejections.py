@@ -50,6 +50,13 @@ def config(**changes: Any) -> PretrainConfig:
     return cfg
 
 
+def rejection(hardware: Hardware, processes: int = 1, **changes: Any) -> ConfigError:
+    """The error of a run that is rejected."""
+    with pytest.raises(ConfigError) as rejected:
+        check(config(**changes), processes, hardware)
+    return rejected.value
+
+
 TWELVE_HEADS = {"model__num_attention_heads": 12, "model__hidden_size": 384, "model__vocab_size": 1032}
 # What is wrong: changes, processes, the setting that the error names, and what its remedy says.
 DIVISION: dict[str, tuple[dict[str, Any], int, str, str]] = {
@@ -146,10 +153,9 @@ DIVISION: dict[str, tuple[dict[str, Any], int, str, str]] = {
 @pytest.mark.parametrize("case", DIVISION)
 def test_what_does_not_divide_is_rejected(case: str) -> None:
     changes, world_size, setting, remedy = DIVISION[case]
-    with pytest.raises(ConfigError) as rejection:
-        check(config(**changes), world_size, GPU)
-    assert rejection.value.setting == setting
-    assert remedy in rejection.value.remedy
+    error = rejection(GPU, world_size, **changes)
+    assert error.setting == setting
+    assert remedy in error.remedy
 
 
 def test_deterministic_training_takes_no_kernel_that_is_not() -> None:
@@ -208,11 +214,10 @@ VALUES: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("name", VALUES)
 def test_a_value_out_of_its_range_is_rejected(name: str) -> None:
     value, remedy = VALUES[name]
-    with pytest.raises(ConfigError) as rejection:
-        check(config(**{name: value}), 1, GPU)
-    assert rejection.value.setting == name.replace("__", ".")
-    assert rejection.value.value == value
-    assert remedy in rejection.value.remedy
+    error = rejection(GPU, **{name: value})
+    assert error.setting == name.replace("__", ".")
+    assert error.value == value
+    assert remedy in error.remedy
 
 
 def test_a_stop_after_the_end_of_the_run_is_rejected() -> None:
@@ -262,9 +267,8 @@ def test_groups_of_recomputed_layers_matter_to_full_recomputation_only() -> None
 
 
 def test_wsd_needs_the_length_of_its_decay() -> None:
-    with pytest.raises(ConfigError) as rejection:
-        check(config(optim__decay_style="WSD"), 1, GPU)
-    assert rejection.value.setting == "optim.wsd_decay_steps"
+    error = rejection(GPU, optim__decay_style="WSD")
+    assert error.setting == "optim.wsd_decay_steps"
     assert check(config(optim__decay_style="WSD", optim__wsd_decay_steps=100), 1, GPU).fits
 
 
@@ -284,9 +288,8 @@ def test_triton_is_rejected_where_there_is_no_gpu(backend: str) -> None:
 
 
 def test_far_blocks_that_no_head_sees_are_rejected() -> None:
-    with pytest.raises(ConfigError) as rejection:
-        check(config(layout__pattern__stride=16), 1, GPU)
-    assert rejection.value.setting == "schedule.kind"
+    error = rejection(GPU, layout__pattern__stride=16)
+    assert error.setting == "schedule.kind"
     assert check(config(layout__pattern__stride=16, layout__allow_partial_coverage=True), 1, GPU)
 
 
@@ -300,12 +303,11 @@ def test_a_sequence_that_is_no_multiple_of_the_block_is_accepted_without_context
 
 
 def test_one_line_names_setting_value_and_remedy() -> None:
-    with pytest.raises(ConfigError) as rejection:
-        check(config(parallel__tp=2), 1, GPU)
-    line = str(rejection.value)
+    error = rejection(GPU, parallel__tp=2)
+    line = str(error)
     assert line.startswith("parallel.tp=2: ")
     assert "\n" not in line
-    assert line.endswith(rejection.value.remedy)
+    assert line.endswith(error.remedy)
 
 
 def settings_of(remedy: str) -> dict[str, str]:

@@ -5,10 +5,9 @@ from typing import Any
 
 import pytest
 
-from s2train.errors import ConfigError
 from s2train.planning import check
 from s2train.validation import transformer_engine as backend
-from tests.validation.test_rejections import CPU, GPU, config
+from tests.validation.test_rejections import CPU, GPU, config, rejection
 
 H100 = replace(GPU, capability=(9, 0))
 WITH_FP8 = {"layer_backend": "te", "fp8": "hybrid"}
@@ -22,12 +21,6 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "te_problem", lambda: "transformer-engine is not installed")
-
-
-def rejection(hardware: Any, **changes: Any) -> ConfigError:
-    with pytest.raises(ConfigError) as rejected:
-        check(config(**changes), 1, hardware)
-    return rejected.value
 
 
 @pytest.mark.usefixtures("missing")
