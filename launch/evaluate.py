@@ -14,9 +14,7 @@ from omegaconf import DictConfig
 
 from s2train import config
 from s2train.command_line.program import run_command, run_hydra
-from s2train.distributed.rendezvous import check_ranks
-from s2train.environment.apex import apex_available
-from s2train.environment.hardware import check_gpus
+from s2train.environment.checks import check_process
 from s2train.evaluation.config import EvaluateConfig, register
 
 register()
@@ -25,9 +23,7 @@ register()
 def evaluate(composed: DictConfig) -> None:
     """Evaluate a checkpoint."""
     cfg = config.to_object(composed)
-    check_ranks()
-    check_gpus()
-    apex_available()  # rejects another package named apex, which Megatron would import
+    check_process()
     from s2train.evaluation.run import evaluate as run  # imports Megatron: slow
 
     run(cfg)

@@ -17,9 +17,7 @@ from omegaconf import DictConfig
 from s2train import config
 from s2train.command_line.overrides import quote_text
 from s2train.command_line.program import run_command, run_hydra
-from s2train.distributed.rendezvous import check_ranks
-from s2train.environment.apex import apex_available
-from s2train.environment.hardware import check_gpus
+from s2train.environment.checks import check_process
 from s2train.generation.config import GenerateConfig, register
 
 register()
@@ -28,9 +26,7 @@ register()
 def generate(composed: DictConfig) -> None:
     """Generate text."""
     cfg = config.to_object(composed)
-    check_ranks()
-    check_gpus()
-    apex_available()  # rejects another package named apex, which Megatron would import
+    check_process()
     from s2train.generation.run import run  # imports Megatron: slow
 
     run(cfg)

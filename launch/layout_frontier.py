@@ -12,9 +12,7 @@ from omegaconf import DictConfig
 
 from s2train import config
 from s2train.command_line.program import run_command, run_hydra
-from s2train.distributed.rendezvous import check_ranks
-from s2train.environment.apex import apex_available
-from s2train.environment.hardware import check_gpus
+from s2train.environment.checks import check_process
 from s2train.semsa.config import FrontierConfig, register
 
 register()
@@ -23,9 +21,7 @@ register()
 def frontier(composed: DictConfig) -> None:
     """Measure the frontier."""
     cfg = config.to_object(composed)
-    check_ranks()
-    check_gpus()
-    apex_available()  # Megatron would import an impostor
+    check_process()
     from s2train.semsa.frontier import measure_frontier  # imports Megatron: slow
 
     measure_frontier(cfg)

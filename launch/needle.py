@@ -14,9 +14,7 @@ from omegaconf import DictConfig
 
 from s2train import config
 from s2train.command_line.program import run_command, run_hydra
-from s2train.distributed.rendezvous import check_ranks
-from s2train.environment.apex import apex_available
-from s2train.environment.hardware import check_gpus
+from s2train.environment.checks import check_process
 
 config.register()
 
@@ -24,9 +22,7 @@ config.register()
 def needle(composed: DictConfig) -> None:
     """Evaluate a checkpoint."""
     cfg = config.to_object(composed)
-    check_ranks()
-    check_gpus()
-    apex_available()  # rejects another package named apex, which Megatron would import
+    check_process()
     from s2train.needles.evaluate_checkpoint import evaluate  # imports Megatron: slow
 
     evaluate(cfg)

@@ -12,9 +12,7 @@ from omegaconf import DictConfig
 
 from s2train import config
 from s2train.command_line.program import run_command, run_hydra
-from s2train.distributed.rendezvous import check_ranks
-from s2train.environment.apex import apex_available
-from s2train.environment.hardware import check_gpus
+from s2train.environment.checks import check_process
 from s2train.semsa.config import ProfileAttentionConfig, register
 
 register()
@@ -23,9 +21,7 @@ register()
 def profile(composed: DictConfig) -> None:
     """Profile the checkpoint."""
     cfg = config.to_object(composed)
-    check_ranks()
-    check_gpus()
-    apex_available()  # Megatron would import an impostor
+    check_process()
     from s2train.semsa.profiling import profile_checkpoint  # imports Megatron: slow
 
     profile_checkpoint(cfg)
