@@ -20,6 +20,7 @@ from typing import Any
 import _surroundings  # noqa: F401 (prints why the rest can't start)
 
 from s2train.environment.provenance import environment
+from s2train.files import write_json
 
 PARTS = ("dense", "elementwise", "losses", "steps", "benchmarks")
 # Variants compared in whole steps: name -> settings. The first uses neither library.
@@ -89,10 +90,6 @@ def _origin() -> dict[str, Any]:
     return {"command": f"python launch/check_libraries.py ({' '.join(sys.argv[1:])})", **environment()}
 
 
-def _save(path: Path, data: dict[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=1) + "\n")
-
-
 def elementwise(folder: Path, names: list[str] | None) -> None:
     """Check and time norm, SwiGLU, loss and RoPE, or those named."""
     import torch
@@ -112,7 +109,7 @@ def elementwise(folder: Path, names: list[str] | None) -> None:
         for dtype in (torch.float32, torch.bfloat16):
             data["checks"] += check(operation, dtype)
         data["times"] += measure(operation, clock)
-        _save(folder / "elementwise.json", data)
+        write_json(folder / "elementwise.json", data)
         torch.cuda.empty_cache()
     for row in [*data["checks"], *data["times"]]:
         print({key: value for key, value in row.items() if key != "limits"}, flush=True)
@@ -180,7 +177,7 @@ def _train(path: Path, runs: dict[str, list[str]], steps: int, traced: bool) -> 
             row["error"] = f"{type(error).__name__}: {error}"[:400]
         free_memory()  # of a failed run, whose error referenced it until here
         data["runs"][name] = row
-        _save(path, data)
+        write_json(path, data)
         print(name, {k: v for k, v in row.items() if k not in ("settings", "kernels", "planned_parts_s")}, flush=True)
     setup.shutdown()
 

@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 
 from s2train.environment.provenance import environment
 from s2train.errors import USAGE_STATUS, ConfigError
-from s2train.files import output_stem
+from s2train.files import output_stem, write_json
 from s2train.needles.heat_map import SCORE_COLOURS
 from s2train.needles.results import Cell, load_results, results_from
 from s2train.study.recall import recall_curve
@@ -214,7 +214,7 @@ def main() -> None:
     draw(drawn, picture)
     own = {"command": shlex.join(["python", *sys.argv]), **environment(), "variants": variants}
     content = own | ({"beside": beside} if beside else {})
-    table.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(table, content)
 
 
 if __name__ == "__main__":

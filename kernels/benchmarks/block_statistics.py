@@ -15,7 +15,6 @@ at 32k. `rules` (8 of them) as `effects`, at 200 TFLOP/s: 2.8 and 44 ms.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from ..provenance import origin
 from ..relative_error import relative_error
 from ..spec import to_bhsd
 from ..topk_layout import TopKLayout
-from .program import add_output, check_output
+from .program import add_output, check_output, write_results
 from .timing import Clock
 
 Record = dict[str, Any]
@@ -208,8 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
     for case in cases:
         record = measure(case, device, clock)
         data["cases"].append(record)
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(data, indent=1) + "\n")
+        write_results(data, args.output)
         print(
             f"{record['case']}: {record['ms']['statistic']:.2f} ms, {record['tflops']:.0f} TFLOP/s, "
             f"{record['over_dense_forward']:.2f} of dense attention's forward, error {record['error']:.1e} "

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import platform
 import sys
 import time
@@ -30,7 +29,7 @@ from ..layout import BlockLayout
 from ..layout_builder import Rule
 from ..spec import AttentionSpec
 from .cases import Case, parse_case
-from .program import add_output, check_output
+from .program import add_output, check_output, write_results
 
 Record = dict[str, Any]
 DEFAULT = tuple(f"b{b}-l{1024 // b}-v16-{n}-kv8" for n in ("32k", "128k", "1m") for b in (64, 128))
@@ -74,8 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
         record = measure_case(case, device, args.repeats)
         data["cases"].append(record)
         console.print(_table(record))
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(data, indent=1) + "\n")
+        write_results(data, args.output)
     console.print(f"{data['device']}: {args.output}")
     errors = [cost.get("error", "") for record in data["cases"] for cost in record["builds"].values()]
     return int(any(record["differing"] for record in data["cases"]) or any(e.startswith("failed") for e in errors))

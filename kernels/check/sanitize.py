@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import os
 import shutil
 import signal
@@ -30,6 +29,7 @@ from typing import Any
 import torch
 import triton
 
+from ..benchmarks.program import write_results
 from .sanitize_cases import CASES, DONE
 from .sanitize_report import KERNELS, parse
 
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
             for row in pool.map(one, args.cases):
                 data["runs"].append(row)
                 print(line(row), flush=True)
-                args.out.write_text(json.dumps(data, indent=1) + "\n")
+                write_results(data, args.out)
     bad = [row for row in data["runs"] if row["verdict"] != "clean"]
     print(f"{len(data['runs'])} runs, {len(bad)} not clean: {args.out}")
     return 1 if bad else 0

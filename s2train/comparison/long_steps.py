@@ -19,7 +19,7 @@ from s2train.comparison.stacks import Stack
 from s2train.costs.memory import GIB
 from s2train.environment.hardware import Hardware, detect_own
 from s2train.errors import ConfigError
-from s2train.files import replacing
+from s2train.files import write_json
 from s2train.kernels.workers import run_tasks, serve
 from s2train.planning import Plan, check, compose_run, hybrid_layout, preview
 from s2train.validation.libraries import import_libraries
@@ -237,10 +237,8 @@ def measure_all(
             continue
         rows.append(Row(**found))
         say(f"measured: {rows[-1].way}, {rows[-1].seq_length:,} tokens: {rows[-1].step_s:.3f} s per step")
-        with replacing(path) as temporary:
-            content = {**made_by, "earlier_commands": earlier, "request": asdict(request)}
-            content["rows"] = [asdict(row) for row in rows]
-            temporary.write_text(json.dumps(content, indent=1) + "\n")
+        content = {**made_by, "earlier_commands": earlier, "request": asdict(request)}
+        write_json(path, content | {"rows": [asdict(row) for row in rows]})
     return rows
 
 

@@ -28,7 +28,7 @@ from s2train.comparison.fla_moba import fla_moba, fla_problem
 from s2train.config import LayoutConfig, ModelConfig, ParallelConfig, PretrainConfig, TrainConfig
 from s2train.environment.dtypes import DTYPES
 from s2train.environment.provenance import timed_on
-from s2train.files import new_file
+from s2train.files import new_file, write_json
 from s2train.kernels.attention import block_sparse_attention
 from s2train.kernels.benchmarks.timing import Clock, time_passes
 from s2train.kernels.dense import dense_causal_attention
@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
             cases.append({"length": length, "case": name} | _measure(name, length, args, clock, device))
             print(json.dumps(cases[-1]), flush=True)
             if args.output is not None:
-                args.output.write_text(json.dumps(data, indent=1) + "\n")
+                write_json(args.output, data)
     shutdown()
     return int(any("error" in case for case in cases))
 

@@ -8,7 +8,6 @@ whose cache fits.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -30,7 +29,7 @@ from s2train.costs.parameters import total_parameters
 from s2train.environment.hardware import Hardware, detect_own
 from s2train.environment.provenance import timed_on
 from s2train.errors import ConfigError
-from s2train.files import new_file
+from s2train.files import new_file, write_json
 from s2train.inference.cached_model import CachedModel, hidden_states
 from s2train.inference.kv_cache import kv_cache
 from s2train.inference.page_pool import OutOfPagesError
@@ -97,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
             table.add_row(*_row(records[-1]))
             console.print(records[-1])
             if args.output is not None:
-                args.output.write_text(json.dumps(data, indent=1) + "\n")
+                write_json(args.output, data)
     console.print(table)
     shutdown()
     return int(any(record.get("kv_bytes") != record.get("predicted_bytes") for record in records))

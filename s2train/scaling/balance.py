@@ -7,7 +7,6 @@ listed and as placed by `schedule.placement=balanced`. Context parallel: contigu
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -20,7 +19,7 @@ from torch import Tensor
 from s2train.attention.kind import LayerLayout
 from s2train.attention.registry import LETTERS
 from s2train.config import ParallelConfig
-from s2train.files import replacing
+from s2train.files import write_json
 from s2train.kernels.attention import block_sparse_attention
 from s2train.kernels.benchmarks.timing import Clock
 from s2train.layouts.patterns import Dense, LocalVertical, Pattern
@@ -144,8 +143,7 @@ def main() -> None:
     device = setup.initialize(ParallelConfig(), seed=1)
     result = balance(Meter(Shape(given.length), device, given.passes), Recorded(given.recorded))
     if torch.distributed.get_rank() == 0:
-        with replacing(given.output) as temporary:
-            temporary.write_text(json.dumps(result))
+        write_json(given.output, result)
     setup.shutdown()
 
 

@@ -6,7 +6,6 @@ Run it with torchrun on all devices:
 """
 
 import argparse
-import json
 import os
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +17,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from s2train.config import ParallelConfig
-from s2train.files import replacing
+from s2train.files import write_json
 from s2train.kernels.attention import block_sparse_attention
 from s2train.kernels.reference import reference_attention
 from s2train.kernels.relative_error import relative_error
@@ -82,8 +81,7 @@ def main() -> None:
         error[mode][name] <= 2 * error["one"][name] for error in errors.values() for mode in error for name in NAMES
     )
     if torch.distributed.get_rank() == 0:
-        with replacing(given.output) as temporary:
-            temporary.write_text(json.dumps({"length": given.length, "errors": errors, "agrees": agrees}))
+        write_json(given.output, {"length": given.length, "errors": errors, "agrees": agrees})
     setup.shutdown()
 
 

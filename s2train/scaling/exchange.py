@@ -6,7 +6,6 @@ Run it with torchrun on all devices:
 """
 
 import argparse
-import json
 import os
 import time
 from functools import partial
@@ -19,7 +18,7 @@ from megatron.core import parallel_state
 from s2train.config import ParallelConfig
 from s2train.costs.attention import density
 from s2train.environment.hardware_queues import order_communication
-from s2train.files import replacing
+from s2train.files import write_json
 from s2train.kernels.benchmarks.timing import Clock
 from s2train.megatron import setup
 from s2train.megatron.context_parallel.all_gather import chunk_ids, gather_sequence
@@ -102,8 +101,7 @@ def main() -> None:
         for case in CASES
     ]
     if torch.distributed.get_rank() == 0:
-        with replacing(given.output) as temporary:
-            temporary.write_text(json.dumps({"length": given.length, "cases": results}))
+        write_json(given.output, {"length": given.length, "cases": results})
     setup.shutdown()
 
 

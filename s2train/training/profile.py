@@ -1,7 +1,6 @@
 """Traces chosen steps (`profile.steps`) and tabulates where their time went."""
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -12,7 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from s2train.config import PretrainConfig
-from s2train.files import set_aside
+from s2train.files import set_aside, write_json
 from s2train.megatron.core_attention import CausalCoreAttention, cores_of
 from s2train.training.metrics import Tracker
 from s2train.training.profile_table import RANGE, profile_table, read_trace
@@ -130,7 +129,7 @@ class StepProfiler:
             set_aside(path)
         profiler.export_chrome_trace(str(trace))
         found = profile_table(read_trace(trace))
-        breakdown.write_text(json.dumps(asdict(found), indent=1) + "\n")
+        write_json(breakdown, asdict(found))
         steps = f"{self._traced[0]} to {self._traced[-1]}"
         self._tracker.event("profile", traced=list(self._traced), **asdict(found))
         self._tracker.note(f"where the time of steps {steps} went ({found.device})\n{found.format()}\ntrace {trace}")
