@@ -9,8 +9,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from s2train.files import replacing
 from s2train.needles.results import Cell, NeedleResults
+from s2train.pictures.png import write_png
 
 # Vermilion, pale yellow, bluish green of Okabe and Ito's palette, distinguishable with any kind of colour vision
 SCORE_COLOURS = LinearSegmentedColormap.from_list("score", ["#D55E00", "#F7EEC0", "#009E73"])
@@ -57,8 +57,7 @@ def draw_heat_map(results: NeedleResults, path: Path, title: str = "Needle retri
     bar = figure.colorbar(image, ax=axes, ticks=[0, 0.5, 1], pad=0.02)
     bar.ax.set_yticklabels(["0 %", "50 %", "100 %"])
     bar.outline.set_visible(False)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
+    write_png(figure, path)
 
 
 def score_table(results: NeedleResults) -> Table:

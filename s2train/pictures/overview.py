@@ -14,10 +14,10 @@ from s2train.attention.reachability import NEVER, reach
 from s2train.costs.attention import density
 from s2train.costs.kv_cache import model_cache_tokens
 from s2train.errors import ConfigError
-from s2train.files import replacing
 from s2train.layouts.patterns import known_blocks
 from s2train.pictures.blocks import LONGEST, draw_counts, draw_heads, draw_union, first_blocks, reduce_masks
 from s2train.pictures.grid import draw_grid
+from s2train.pictures.png import write_png
 from s2train.pictures.style import GREY, REACHED, SPARSE, Sheet, form_colours, offset_of, plain, tokens
 
 WIDTH = 11.0  # inches
@@ -71,8 +71,7 @@ def draw_layout(
     _draw_shares(sheet.axes(7.3, 3.8, 3.35, 1.65), hybrid, seq_length)
     for row, number in enumerate(chosen):
         _draw_layer(sheet, _TOP + row * _ROW, hybrid, number, seq_length)
-    with replacing(path) as temporary:
-        sheet.figure.savefig(temporary, format="png")
+    write_png(sheet.figure, path)
 
 
 def _subtitle(hybrid: HybridLayout, seq_length: int) -> str:

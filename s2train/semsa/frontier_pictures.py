@@ -10,9 +10,9 @@ import yaml  # type: ignore[import-untyped]
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from s2train.files import replacing
 from s2train.layouts.counting import kept_share
 from s2train.layouts.patterns import Dense, GlobalBlocks, LocalVertical, Pattern, SlidingWindow, Span
+from s2train.pictures.png import write_png
 from s2train.pictures.style import DENSE as DENSE_COLOUR
 from s2train.pictures.style import GREY, Sheet, plain
 from s2train.semsa.frontier_points import NAMES, TRAINED
@@ -58,8 +58,7 @@ def draw_axes(path: Path, content: Mapping[str, Any]) -> None:
     sheet.figure.legend(
         handles, labels, loc="lower center", bbox_to_anchor=place, ncol=columns, frameon=False, fontsize=8
     )
-    with replacing(path) as temporary:
-        sheet.figure.savefig(temporary, format="png")
+    write_png(sheet.figure, path)
 
 
 def _curves(axes: Axes, rows: Sequence[Mapping[str, Any]], x: str) -> None:
@@ -123,8 +122,7 @@ def draw_spans(path: Path, content: Mapping[str, Any], chosen: Sequence[Mapping[
             short = [[_short(head) for head in heads] for heads in layers]
             title = f"{Path(content['folders'][column]).name}, density {budget:g}: share that each head keeps"
             draw_heads(sheet, 0.75 + 5.4 * column, 0.85 + 4.0 * row, title, kept, 0, 1, short)
-    with replacing(path) as temporary:
-        sheet.figure.savefig(temporary, format="png")
+    write_png(sheet.figure, path)
 
 
 def read_layers(file: Path) -> tuple[list[list[Pattern]], int]:

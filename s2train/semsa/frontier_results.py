@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 
 from s2train.errors import ConfigError
-from s2train.files import replacing
+from s2train.pictures.png import write_png
 from s2train.pictures.style import GREY, Sheet, plain
 from s2train.semsa.frontier_points import DENSE, NAMES
 from s2train.semsa.pictures import curve
@@ -123,8 +123,7 @@ def draw_frontier(path: Path, content: dict[str, Any], title: str) -> None:
             second.axhline(correct / trials, color="#BBBBBB", linewidth=0.8, zorder=0)
         second.set_ylim(-0.03, 1.03)
         second.set_ylabel("share of exact answers to needles", fontsize=8.5, color=GREY)
-    with replacing(path) as temporary:
-        sheet.figure.savefig(temporary, format="png")
+    write_png(sheet.figure, path)
 
 
 def _draw_curves(axes: Axes, rows: Sequence[Mapping[str, Any]], y: str) -> None:

@@ -10,8 +10,8 @@ from matplotlib.ticker import MaxNLocator
 
 from s2train.attention.hybrid import HybridLayout
 from s2train.costs.attention import kept_positions
-from s2train.files import replacing
 from s2train.kernels.block_statistics.effects import SUMS
+from s2train.pictures.png import write_png
 from s2train.pictures.style import GREY, SPARSE, Sheet, plain
 from s2train.semsa.profile import Profile
 
@@ -32,8 +32,7 @@ def draw_choice(path: Path, profile: Profile, hybrid: HybridLayout, seq_length: 
     matters = np.log10((squared * far).sum((2, 3)) / profile.tokens / 2 + 1e-12)
     title = "effect of its far blocks, log10 of nats per token"
     draw_heads(sheet, 6.15, 0.85, title, matters, matters.min(), matters.max())
-    with replacing(path) as temporary:
-        sheet.figure.savefig(temporary, format="png")
+    write_png(sheet.figure, path)
 
 
 def draw_heads(

@@ -20,8 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from s2train.environment.provenance import environment
-from s2train.files import replacing, write_json
+from s2train.files import write_json
 from s2train.kernels.block_statistics.effects import SUMS
+from s2train.pictures.png import write_png
 from s2train.pictures.style import GREY, SPARSE, Sheet, plain
 from s2train.semsa.accumulation import Accumulator
 from s2train.semsa.calibration import Labels, Sample, label_seed, samples, token_losses
@@ -302,5 +303,4 @@ def draw(path: Path, blocks: Sequence[Case], rules: Sequence[Case], title: str) 
     axes.set_ylabel("|measured| change (nats)", fontsize=8.5, color=GREY)
     axes.legend(frameon=False, fontsize=7.5)
     plain(axes, 8)
-    with replacing(path) as temporary:
-        sheet.figure.savefig(temporary, format="png")
+    write_png(sheet.figure, path)

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
-from s2train.files import replacing
+from s2train.pictures.png import write_png
 from s2train.pictures.style import CURVES
 from s2train.study.comparison import BASELINE, Group, find_baseline
 from s2train.study.results import Result
@@ -37,8 +37,7 @@ def draw_by_position(grouped: Mapping[str, Sequence[Group]], out: Path) -> None:
         _draw_phase(axes, own, colours)
         axes.set_title(PHASES[phase].title, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
-    with replacing(out) as temporary:
-        figure.savefig(temporary, format="png")
+    write_png(figure, out)
 
 
 def _draw_phase(axes: Axes, own: Sequence[Group], colours: Mapping[str, str]) -> None:

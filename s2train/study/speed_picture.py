@@ -14,7 +14,7 @@ from matplotlib.text import Annotation, Text
 from matplotlib.ticker import EngFormatter
 from matplotlib.transforms import Bbox
 
-from s2train.files import replacing
+from s2train.pictures.png import write_png
 from s2train.study.comparison import BASELINE, Group
 from s2train.study.picture import variant_colours
 from s2train.study.variants import PHASES
@@ -46,8 +46,7 @@ def draw_by_speed(grouped: Mapping[str, Sequence[Group]], out: Path) -> None:
         axes = figure.add_axes((left, _BOTTOM / _HEIGHT, width, (_HEIGHT - _BOTTOM - _TOP) / _HEIGHT))
         axes.set_title(PHASES[phase].title, loc="left")
         draw_phase(axes, own, colours, canvas.get_renderer())
-    with replacing(out) as temporary:
-        figure.savefig(temporary, format="png")
+    write_png(figure, out)
 
 
 def draw_phase(axes: Axes, own: Sequence[Group], colours: Mapping[str, str], renderer: RendererBase) -> None:

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from s2train.files import replacing
+from s2train.pictures.png import write_png
 from s2train.pictures.style import CURVES
 
 _MARKERS = "osD^"
@@ -58,8 +58,7 @@ def draw(points: Sequence[Point], out: Path) -> None:
         figure.legend(
             handles, labels, loc="outside right center", frameon=False, fontsize=8, title="large: mean of its runs"
         )
-    with replacing(out) as temporary:
-        figure.savefig(temporary, format="png")
+    write_png(figure, out)
 
 
 def _panel(

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from s2train.files import replacing
+from s2train.pictures.png import write_png
 from s2train.pictures.style import CURVES
 from s2train.training.records import Curves, read_curves
 
@@ -39,7 +39,7 @@ def draw_loss_curve(metrics: Path, out: Path, baseline: float | None = None, tit
         axes.text(step, 0.98, " resumed", transform=axes.get_xaxis_transform(), va="top", fontsize=8, color=GREY)
     axes.set_xlabel("step")
     _finish(figure, axes, [curves], ends, baseline)
-    _save(figure, out)
+    write_png(figure, out)
 
 
 def draw_comparison(runs: Mapping[str, Path], out: Path) -> None:
@@ -71,7 +71,7 @@ def draw_comparison(runs: Mapping[str, Path], out: Path) -> None:
         top.tick_params(colors=GREY)
         top.spines[:].set_visible(False)
     _finish(figure, axes, list(curves.values()), ends, None)
-    _save(figure, out)
+    write_png(figure, out)
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,3 @@ def _finish(
             color=end.colour,
             fontweight="bold",
         )
-
-
-def _save(figure: Figure, out: Path) -> None:
-    with replacing(out) as temporary:
-        figure.savefig(temporary, format="png")

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from s2train.files import replacing
+from s2train.pictures.png import write_png
 from s2train.pictures.style import CURVES
 
 _STYLES = ("-", "--", ":")  # of curves whose colours repeat
@@ -58,5 +58,4 @@ def draw_curves(
         axes.grid(color="#E5E5E5", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
+    write_png(figure, path)
