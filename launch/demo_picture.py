@@ -14,7 +14,6 @@ from pathlib import Path
 import _surroundings  # noqa: F401 (prints why the rest can't start)
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from s2train.needles.heat_map import SCORE_COLOURS
@@ -27,7 +26,6 @@ def draw(evaluations: dict[str, NeedleResults], path: Path) -> None:
     It shows exact answers in per cent over length and depth. The evaluation's key is its title.
     """
     figure = Figure(figsize=(1.6 + 3.4 * len(evaluations), 3.4), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(evaluations), squeeze=False)[0]
     for axes, (name, results) in zip(panels, evaluations.items(), strict=True):
         shares = {(cell.length, cell.depth): cell.score.share for cell in results.asked}

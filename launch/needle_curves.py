@@ -18,7 +18,6 @@ from typing import Any
 import _surroundings  # noqa: F401 (prints why the rest can't start)
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
@@ -114,7 +113,6 @@ def draw(variants: dict[str, dict[str, Any]], path: Path) -> None:
     """Draw the curves and grids of variants that have them."""
     grids = {name: results_from(variant["grid"]) for name, variant in variants.items() if variant["grid"]}
     figure = Figure(figsize=(3.2 * max(2, len(variants)), 7), dpi=140, layout="constrained")
-    FigureCanvasAgg(figure)
     lengths = sorted({point[1] for variant in variants.values() for point in variant["points"]})
     counts = [count for count in (len(lengths), len(grids)) if count]  # of panels in each row
     rows = figure.subfigures(max(1, len(counts)), 1, squeeze=False)[:, 0]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -47,7 +46,6 @@ def draw(data: Record, path: Path, case: str = "b128-l8-v16-32k") -> None:
     columns = 3 if across or calls else 2
     engine = ConstrainedLayoutEngine(rect=(0, 0, 1, 0.93), wspace=0.05, hspace=0.07)
     figure = Figure(figsize=(4.6 * columns, 7.6), dpi=150, layout=engine)
-    FigureCanvasAgg(figure)
     grid = figure.subplots(2, columns)
     for row, (part, words) in zip(grid, _PARTS.items(), strict=True):
         _draw_times(row[0], along, part)

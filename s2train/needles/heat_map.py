@@ -4,7 +4,6 @@ import math
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from rich.table import Table
@@ -26,7 +25,6 @@ def draw_heat_map(results: NeedleResults, path: Path, title: str = "Needle retri
     lengths, depths, scores = _score_matrix(results)
     width = max(2.6 + 0.85 * len(lengths), 0.115 * len(title))
     figure = Figure(figsize=(width, 2.0 + 0.55 * len(depths)), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set_facecolor(NOT_EVALUATED)
     image = axes.imshow(scores, cmap=SCORE_COLOURS, vmin=0, vmax=1, aspect="auto")

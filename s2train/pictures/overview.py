@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.ticker import MaxNLocator
 
 from s2train.attention.coverage import coverage_report, percent, union_coverage
@@ -59,7 +58,6 @@ def draw_layout(
     """
     chosen = choose_layers(hybrid, layers)
     sheet = Sheet(WIDTH, _TOP + _ROW * len(chosen) + _MARGIN)
-    FigureCanvasAgg(sheet.figure)
     num_heads = len(hybrid.layers[0].heads)
     name = f"{title}: " if title else ""
     sheet.text(0.45, 0.2, f"{name}{len(hybrid.layers)} layers × {num_heads} heads", size=14, bold=True)

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import yaml  # type: ignore[import-untyped]
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from s2train.layouts.counting import kept_share
 from s2train.layouts.patterns import Dense, GlobalBlocks, LocalVertical, Pattern, SlidingWindow, Span
@@ -31,7 +30,6 @@ def draw_axes(path: Path, content: Mapping[str, Any]) -> None:
     rows, dense = content["rows"], content["dense_times"]
     is_timed = any(row["forward_backward_ms"] is not None for row in rows)
     sheet = Sheet(14.0 if is_timed else 7.4, 5.6)
-    FigureCanvasAgg(sheet.figure)
     sheet.text(0.45, 0.2, f"{content['model']}: held-out loss at {content['seq_length']:,} tokens", size=12, bold=True)
     seeds = len(content["folders"])
     words = f"{seeds} model{'s' if seeds > 1 else ''}; open marks: without training"
@@ -105,7 +103,6 @@ def draw_spans(path: Path, content: Mapping[str, Any], chosen: Sequence[Mapping[
     if not budgets:
         return
     sheet = Sheet(0.6 + 5.4 * len(chosen), 1.0 + 4.0 * len(budgets))
-    FigureCanvasAgg(sheet.figure)
     sheet.text(0.45, 0.2, f"{content['model']}: rules chosen by the squared effect, in blocks", size=12, bold=True)
     words = (
         "4: the last 4 blocks;  2+¼: the last 2 and a quarter of all;  4|16: the last 4, and every 16th;  all: dense"

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich import box
 from rich.table import Table
 
@@ -102,7 +101,6 @@ def draw_frontier(path: Path, content: dict[str, Any], title: str) -> None:
     ]
     scored = [row for row in rows if "needles" in row]
     sheet = Sheet(14.0 if scored else 7.4, 4.8)
-    FigureCanvasAgg(sheet.figure)
     against = "loss and needles" if scored else "loss"
     sheet.text(0.45, 0.2, f"{title}: {against} against density, without training", size=12, bold=True)
     tokens, dense = content["seq_length"], content["dense_loss"]

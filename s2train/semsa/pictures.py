@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.ticker import MaxNLocator
 
 from s2train.attention.hybrid import HybridLayout
@@ -21,7 +20,6 @@ COLOURS = (*SPARSE, "#D55E00", "#999999", "#2E3440")
 def draw_choice(path: Path, profile: Profile, hybrid: HybridLayout, seq_length: int) -> None:
     """Draw each head's share of positions, and how much each head matters."""
     sheet = Sheet(11.0, 4.6)
-    FigureCanvasAgg(sheet.figure)
     sheet.text(0.45, 0.2, f"{profile.model.name}: chosen for {profile.about['checkpoint']}", size=12, bold=True)
     sheet.text(0.45, 0.5, f"{seq_length:,} tokens in blocks of {profile.block_size}", colour=GREY)
     causal = seq_length * (seq_length + 1) // 2

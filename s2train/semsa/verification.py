@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from megatron.core import parallel_state
 from rich import box
 from rich.console import Console
@@ -284,7 +283,6 @@ def draw(path: Path, blocks: Sequence[Case], rules: Sequence[Case], title: str) 
     The errors are drawn over the removed probability.
     """
     sheet = Sheet(10.0, 4.3)
-    FigureCanvasAgg(sheet.figure)
     sheet.text(0.45, 0.2, f"{title}: estimated and measured effect of masks", size=12, bold=True)
     axes = sheet.axes(0.85, 0.85, 3.9, 2.9)
     mass = [case.mass for case in blocks]

@@ -7,7 +7,6 @@ from statistics import mean
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
@@ -31,7 +30,6 @@ def variant_colours(grouped: Mapping[str, Sequence[Group]]) -> dict[str, str]:
 def draw_by_position(grouped: Mapping[str, Sequence[Group]], out: Path) -> None:
     """Draw all phases as a PNG."""
     figure, colours = Figure(figsize=(6.5 * len(grouped), 4.5), dpi=150, layout="constrained"), variant_colours(grouped)
-    FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(grouped), squeeze=False)[0]
     for axes, (phase, own) in zip(panels, grouped.items(), strict=True):
         _draw_phase(axes, own, colours)

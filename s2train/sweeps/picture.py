@@ -6,7 +6,6 @@ from pathlib import Path
 from statistics import mean
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
@@ -43,7 +42,6 @@ def draw(points: Sequence[Point], out: Path) -> None:
     """
     names = list(dict.fromkeys(point.name for point in points))
     figure = Figure(figsize=(11, 5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     if all(point.is_held_out for point in points):
         title = "Held-out loss"

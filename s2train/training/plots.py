@@ -9,7 +9,6 @@ from operator import mul
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
@@ -97,7 +96,6 @@ def _points(losses: Mapping[int, float]) -> tuple[list[int], list[float]]:
 
 def _new_figure(title: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set_title(title, loc="left", fontweight="bold", fontsize=12)
     axes.set_ylabel("loss (nats per token)")

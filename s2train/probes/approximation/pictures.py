@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from s2train.pictures.png import write_png
@@ -40,7 +39,6 @@ def draw_curves(
         level: a horizontal line in the first panel, of the unchanged model.
     """
     figure = Figure(figsize=(6 * len(panels), 4.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     for number, panel in enumerate(panels):
         axes: Axes = figure.add_subplot(1, len(panels), number + 1)
         for place, (name, curve) in enumerate(panel.curves.items()):
