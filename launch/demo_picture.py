@@ -7,7 +7,6 @@ with status 1, after drawing, if the last of them scores less than `--least`, a 
 """
 
 import argparse
-import math
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import _surroundings  # noqa: F401 (prints why the rest can't start)
 import numpy as np
 from matplotlib.figure import Figure
 
-from s2train.needles.heat_map import SCORE_COLOURS
+from s2train.needles.heat_map import SCORE_COLOURS, percent
 from s2train.needles.results import NeedleResults, load_results
 
 
@@ -49,11 +48,6 @@ def draw(evaluations: dict[str, NeedleResults], path: Path) -> None:
         "Needle retrieval: seven digits by their key, both never trained on", fontweight="bold", fontsize=11
     )
     figure.savefig(path, format="png")
-
-
-def percent(share: float) -> str:
-    """Round down: 100 means that nothing was missed."""
-    return str(math.floor(100 * share + 1e-9))
 
 
 def main() -> None:

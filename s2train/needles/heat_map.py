@@ -33,7 +33,7 @@ def draw_heat_map(results: NeedleResults, path: Path, title: str = "Needle retri
         if not np.isnan(score):
             layers = _layers(cells[lengths[column], depths[row]])
             height = row - 0.14 if layers else row
-            axes.text(column, height, _percent(score), ha="center", va="center", fontsize=10)
+            axes.text(column, height, percent(score), ha="center", va="center", fontsize=10)
             axes.text(column, row + 0.26, layers, ha="center", va="center", fontsize=6.5, color="#333333")
     axes.set_xticks(range(len(lengths)), [_tokens(length) for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{100 * depth:g} %" for depth in depths])
@@ -47,7 +47,7 @@ def draw_heat_map(results: NeedleResults, path: Path, title: str = "Needle retri
     figure.suptitle(title, fontsize=12, fontweight="bold")
     parts = [f"step {results.step:,}"]
     if (score := results.score) is not None:
-        parts.append(f"{_percent(score.share, 1)} % of {score.trials:,} answers exact")
+        parts.append(f"{percent(score.share, 1)} % of {score.trials:,} answers exact")
     length = results.effective_length
     reached = f"effective length {_tokens(length)}" if length else "no effective length"
     parts.append(f"\n{reached} ({100 * results.threshold:g} % or more)")
@@ -70,7 +70,7 @@ def score_table(results: NeedleResults) -> Table:
         else None
     )
     scores = [score for score in (results.score, results.contained) if score is not None]
-    in_all = f": {' / '.join(_percent(score.share, 1) for score in scores)} in all" if scores else ""
+    in_all = f": {' / '.join(percent(score.share, 1) for score in scores)} in all" if scores else ""
     found = " / values that the text contains, %" if results.contained else ""
     title = f"Exact answers, %{found} (correct letters and digits, %){in_all}"
     table = Table(title=title, caption=caption)
@@ -87,8 +87,8 @@ def score_table(results: NeedleResults) -> Table:
 def _figures(cell: Cell | None) -> str:
     if cell is None:
         return "-"
-    exact = _percent(cell.score.share)
-    found = "" if cell.contained is None else f" / {_percent(cell.contained.share)}"
+    exact = percent(cell.score.share)
+    found = "" if cell.contained is None else f" / {percent(cell.contained.share)}"
     figures = exact if cell.correct == cell.trials else f"{exact}{found} ({100 * cell.character_accuracy:.0f})"
     if cell.reach is None:
         return figures
@@ -118,7 +118,7 @@ def _score_matrix(results: NeedleResults) -> tuple[list[int], list[float], np.nd
     return lengths, depths, scores
 
 
-def _percent(share: float, digits: int = 0) -> str:
+def percent(share: float, digits: int = 0) -> str:
     """Format a share in per cent, rounded down.
 
     So 100 means all.
