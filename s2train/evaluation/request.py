@@ -14,10 +14,9 @@ from s2train.evaluation.config import EvaluateConfig
 from s2train.evaluation.windows import Window, cut
 from s2train.files import check_output
 from s2train.planning.checks import check_attention_backend
-from s2train.preparation.documents import read_documents
+from s2train.preparation.documents import documents_of
 from s2train.preparation.formats import FORMATS
 from s2train.preparation.inputs import files_named
-from s2train.preparation.sources import Source
 from s2train.validation.division import check_whole_models
 from s2train.validation.values import check_seed
 from s2train.wandb_run import choose_mode
@@ -141,12 +140,7 @@ def _read(path: Path, text_key: str, trained: Trained, tokenizer: Tokenizer, len
     An end token stands before each, as in training, and the first token is predicted from it. Where attention stays
     within documents, nothing stands before a document, and its first token is not predicted.
     """
-    try:
-        documents = list(read_documents(Source.of(path), text_key))
-    except ConfigError as error:
-        if error.setting == "text_key":
-            raise
-        raise ConfigError("text", path, error.problem, error.remedy) from error
+    documents = documents_of("text", path, path, text_key)
     within = trained.config.data.attention_within_documents
     before = np.array([] if within else [tokenizer.eod], dtype=np.int64)
     sequences = [np.concatenate([before, ids.astype(np.int64)]) for ids in tokenizer.encode_many(documents)]

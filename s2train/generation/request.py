@@ -13,7 +13,7 @@ from s2train.errors import ConfigError
 from s2train.files import check_output
 from s2train.generation.config import GenerateConfig
 from s2train.planning.checks import check_attention_backend
-from s2train.preparation.documents import read_documents
+from s2train.preparation.documents import documents_of
 from s2train.preparation.sources import Source
 from s2train.validation.division import check_one_model
 from s2train.validation.values import check_seed
@@ -101,13 +101,7 @@ def _read(prompt: str, text_key: str) -> list[str]:
     path = Path(prompt.removeprefix(FILE))
     if not path.is_file():
         raise ConfigError("prompt", prompt, "no such file", "Set file:PATH of a file, or a text")
-    try:
-        source = Source.of(path)
-        texts = list(read_documents(source, text_key))
-    except ConfigError as error:
-        if error.setting == "text_key":
-            raise
-        raise ConfigError("prompt", prompt, error.problem, error.remedy) from error
+    texts = documents_of("prompt", prompt, path, text_key)
     if not texts:
         raise ConfigError("prompt", prompt, "holds no text", "Set a file with text")
-    return [text.removesuffix("\n") for text in texts] if source.format.kind == "text" else texts
+    return [text.removesuffix("\n") for text in texts] if Source.of(path).format.kind == "text" else texts

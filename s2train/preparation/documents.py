@@ -30,6 +30,20 @@ def read_documents(
             raise bad_document(source.path, error) from error
 
 
+def documents_of(setting: str, value: object, path: Path, text_key: str) -> list[str]:
+    """Read all documents of a file that another setting than `input` names.
+
+    Raises:
+        ConfigError: on `text_key` or on `setting`, as `read_documents`.
+    """
+    try:
+        return list(read_documents(Source.of(path), text_key))
+    except ConfigError as error:
+        if error.setting == "text_key":
+            raise
+        raise ConfigError(setting, value, error.problem, error.remedy) from error
+
+
 def bad_document(path: Path, error: BadDocumentError) -> ConfigError:
     """Make the error for a document of `path` that can't be read."""
     return ConfigError("input", path, error.problem, error.remedy)

@@ -1,7 +1,7 @@
 """Reads held-out documents as tokens, with the place of every identifier."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,8 +15,7 @@ from s2train.config import ProbesConfig
 from s2train.data.long_texts import SEGMENT
 from s2train.data.tokenizers import Tokenizer
 from s2train.errors import ConfigError
-from s2train.preparation.documents import read_documents
-from s2train.preparation.sources import Source
+from s2train.preparation.documents import documents_of
 
 SHORTEST = 8  # characters of an identifier: shorter ones are words of any text
 _IDENTIFIER = re.compile(rf"\b[A-Za-z_]\w{{{SHORTEST - 1},}}", re.ASCII)
@@ -104,14 +103,7 @@ def _texts(cfg: ProbesConfig) -> Sequence[str]:
     path = Path(cfg.text)
     if not path.is_file():
         raise ConfigError("text", cfg.text, "no such file", "Set held-out.jsonl, which launch/make_corpus.py writes")
-    try:
-        texts = list(_read(path, cfg.text_key))
-    except ConfigError as error:
-        raise ConfigError("text", cfg.text, error.problem, error.remedy) from error
+    texts = documents_of("text", cfg.text, path, cfg.text_key)
     if not texts:
         raise ConfigError("text", cfg.text, "holds no text", "Set a file with held-out documents")
     return texts
-
-
-def _read(path: Path, text_key: str) -> Iterator[str]:
-    return read_documents(Source.of(path), text_key)
