@@ -37,7 +37,7 @@ def draw_loss_curve(metrics: Path, out: Path, baseline: float | None = None, tit
         axes.axvline(step, color=GREY, linestyle=":", linewidth=1)
         axes.text(step, 0.98, " resumed", transform=axes.get_xaxis_transform(), va="top", fontsize=8, color=GREY)
     axes.set_xlabel("step")
-    _finish(figure, axes, [curves], ends, baseline)
+    _finish(axes, [curves], ends, baseline)
     write_png(figure, out)
 
 
@@ -69,7 +69,7 @@ def draw_comparison(runs: Mapping[str, Path], out: Path) -> None:
         top.set_xlabel("tokens", color=GREY)
         top.tick_params(colors=GREY)
         top.spines[:].set_visible(False)
-    _finish(figure, axes, list(curves.values()), ends, None)
+    _finish(axes, list(curves.values()), ends, None)
     write_png(figure, out)
 
 
@@ -108,7 +108,6 @@ def _new_figure(title: str) -> tuple[Figure, Axes]:
 
 
 def _finish(
-    figure: Figure,
     axes: Axes,
     curves: list[Curves],
     ends: list[End],

@@ -257,7 +257,7 @@ def test_the_error_inside_torchrun_says_how_to_sweep(
     assert "python launch/pretrain.py -m" in capsys.readouterr().err
 
 
-def test_jobs_are_planned_for_the_gpus_in_their_settings(sweep: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_jobs_are_planned_for_the_gpus_in_their_settings(sweep: Any) -> None:
     large = ["train.micro_batch_size=8192", "train.global_batch_size=65536"]  # more than this machine's memory
     sweeper = sweep(*large, "plan.device=h200,l40s")
     with pytest.raises(SystemExit):

@@ -58,9 +58,7 @@ def compile_for(*settings: str, cp: tuple[int, int] = (0, 1), part: Part | None 
     compile_kernels(cfg, hybrid_layout(cfg), torch.device("cpu"), rank, part)
 
 
-def test_each_distinct_sparse_layer_runs_once_forward_and_backward(
-    calls: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_distinct_sparse_layer_runs_once_forward_and_backward(calls: list[Any]) -> None:
     state = torch.get_rng_state()
     compile_for("train.precision=bf16")
     (call,) = calls
@@ -90,9 +88,7 @@ def test_a_part_runs_one_sort_of_layer_in_one_direction(calls: list[Any], monkey
             assert left_out == ["forward"] * (direction == "backward")
 
 
-def test_tensor_and_context_parallel_shares_run_in_their_shapes(
-    calls: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tensor_and_context_parallel_shares_run_in_their_shapes(calls: list[Any]) -> None:
     compile_for("parallel.tp=2", cp=(1, 2))
     shapes = [(call.q[0], call.k[0], call.q[2], call.query_offset) for call in calls]
     assert shapes == [(64, 128, 2, 64)] * 2 + [(64, 192, 2, 128)] * 2
@@ -104,9 +100,7 @@ def test_values_are_a_view_of_the_projection_unless_ranks_copy_them(calls: list[
     assert [call.row for call in calls] == [2 * (2 + 2) * 32, 2 * 32, 2 * 32]
 
 
-def test_within_documents_one_sequence_at_a_time_runs_as_in_a_step(
-    calls: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_within_documents_one_sequence_at_a_time_runs_as_in_a_step(calls: list[Any]) -> None:
     compile_for("data.attention_within_documents=true")
     for call in calls:
         assert (call.q, call.k, call.v) == ((256, 1, 4, 32), (256, 1, 2, 32), (256, 1, 2, 32))
@@ -115,15 +109,13 @@ def test_within_documents_one_sequence_at_a_time_runs_as_in_a_step(
     assert [call.is_dense for call in calls] == [True, False]
 
 
-def test_a_divided_sequence_runs_documents_that_begin_and_those_that_continue(
-    calls: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_divided_sequence_runs_documents_that_begin_and_those_that_continue(calls: list[Any]) -> None:
     compile_for("data.attention_within_documents=true", "layout.layers=S", cp=(0, 2))
     shapes = [(call.q[0], call.k[0], call.cu_seqlens is not None, call.query_offset) for call in calls]
     assert shapes == [(64, 64, True, 0), (64, 64, True, 0), (64, 256, False, 192)]
 
 
-def test_dense_layers_run_the_op_if_they_do_in_a_step(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dense_layers_run_the_op_if_they_do_in_a_step(calls: list[Any]) -> None:
     compile_for("layout=dense", "dense_attention=s2train", "parallel.tp=2", cp=(1, 2))
     shapes = [(call.q[0], call.k[0], call.q[2], call.query_offset) for call in calls]
     assert shapes == [(64, 128, 2, 64), (64, 192, 2, 128)]
@@ -190,8 +182,6 @@ def test_a_teachers_dense_layers_run_too(monkeypatch: pytest.MonkeyPatch, calls:
 
 
 @pytest.mark.parametrize("settings", [["attention_backend=torch"], ["layout=dense"]])
-def test_nothing_runs_if_no_kernel_is_compiled(
-    settings: list[str], calls: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_runs_if_no_kernel_is_compiled(settings: list[str], calls: list[Any]) -> None:
     compile_for(*settings)
     assert calls == []
