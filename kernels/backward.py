@@ -17,13 +17,22 @@ from torch import Tensor
 
 from .column_parts import column_parts
 from .configs import config_for, padded, shared_limit
-from .forward import LOG2_E, key_position, key_tiles, num_query_tiles, pattern_stride, query_tile
+from .forward import key_position, key_tiles, num_query_tiles, pattern_stride, query_tile
 from .part_sums import launch_of_sums, new_parts, s2_attention_bwd_kernel_add_parts
 from .spec import AttentionSpec, empty, empty_bhsd
-from .tiles import check_launch, count_below, document_tiles, load_tile, store_tile, strides, tile_of_document
+from .tiles import (
+    LOG2_E,
+    check_launch,
+    count_below,
+    document_tiles,
+    load_lse,
+    load_tile,
+    store_tile,
+    strides,
+    tile_of_document,
+)
 from .topk_layout import Layout
 
-_LOG2_E = tl.constexpr(LOG2_E)
 _PREPROCESS_ROWS = 64
 
 
@@ -53,16 +62,6 @@ def s2_attention_bwd_kernel_preprocess(
         delta -= tl.load(dlse_ptr + at, mask=in_range, other=0.0)
     lse = tl.load(lse_ptr + at, mask=in_range, other=0.0)
     tl.store(delta_ptr + at, tl.where(lse == float("-inf"), 0.0, delta), mask=in_range)
-
-
-@triton.jit
-def _load_lse(lse_ptr, at, in_range, MASK: tl.constexpr):
-    """Load log-sum-exp in base 2.
-
-    For rows out of range or without keys, return +inf, which makes all their weights 0.
-    """
-    lse = tl.load(lse_ptr + at, mask=in_range, other=float("-inf")) if MASK else tl.load(lse_ptr + at)
-    return tl.where(lse == float("-inf"), float("inf"), lse * _LOG2_E)
 
 
 @triton.jit
@@ -125,7 +124,7 @@ def s2_attention_bwd_kernel_dq(
     at = (b * num_heads + h) * s_q + query_shift + position
     q = load_tile(q_base, first, q_row, in_range, ROWS, DIM, PADDED_DIM, True)
     dout = load_tile(dout_base, first, dout_row, in_range, ROWS, V_DIM, PADDED_V_DIM, True)
-    lse = _load_lse(lse_ptr, at, in_range, True)
+    lse = load_lse(lse_ptr + at, in_range)
     delta = tl.load(delta_ptr + at, mask=in_range, other=0.0)
 
     dq = tl.zeros([ROWS, PADDED_DIM], tl.float32)
@@ -163,7 +162,7 @@ def _add_dkdv(
     position = query + tl.arange(0, STEPS)
     in_range = (position >= low) & (position < high)
     q = load_tile(q_base, query, q_stride, in_range, STEPS, DIM, PADDED_DIM, MASK)
-    lse = _load_lse(lse_base, position, in_range, MASK)
+    lse = load_lse(lse_base + position, in_range, MASK)
     weights = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 - lse[None, :])
     if MASK and CAUSAL:
         weights = tl.where(position[None, :] >= keys[:, None], weights, 0.0)

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from .configs import config_for, padded, shared_limit
 from .spec import AttentionSpec, empty, empty_bhsd
-from .tiles import check_launch, count_below, document_tiles, load_tile, store_tile, strides, tile_of_document
+from .tiles import LOG2_E, check_launch, count_below, document_tiles, load_tile, store_tile, strides, tile_of_document
 from .topk_layout import Layout
 
-LOG2_E: float = 1.4426950408889634
 _LN_2 = tl.constexpr(0.6931471805599453)
 
 

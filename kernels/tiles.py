@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+LOG2_E: float = 1.4426950408889634
+_LOG2_E = tl.constexpr(LOG2_E)
 # a tile has at most 128 rows: 32-bit offsets from its 64-bit base address reach all of it
 _MAX_ROW_STRIDE = 2**24
 
@@ -32,6 +34,16 @@ def load_tile(
     if DIM < PADDED_DIM:
         return tl.load(pointers, mask=(dims < DIM)[None, :], other=0.0)
     return tl.load(pointers)
+
+
+@triton.jit
+def load_lse(pointers, in_range, MASK: tl.constexpr = True):
+    """Load log-sum-exps in base 2.
+
+    Rows out of range or without keys get +inf, which makes all their weights 0.
+    """
+    lse = tl.load(pointers, mask=in_range, other=float("-inf")) if MASK else tl.load(pointers)
+    return tl.where(lse == float("-inf"), float("inf"), lse * _LOG2_E)
 
 
 @triton.jit

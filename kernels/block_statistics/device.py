@@ -8,23 +8,10 @@ import os
 import triton
 import triton.language as tl
 
-from ..forward import LOG2_E
 from ..interpreter import repair_interpreter
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     repair_interpreter()
-
-_LOG2_E = tl.constexpr(LOG2_E)
-
-
-@triton.jit
-def base_2(pointers, in_range):
-    """Load the log-sum-exp in base 2.
-
-    Rows out of range or without keys get +inf, which makes all their weights 0.
-    """
-    lse = tl.load(pointers, mask=in_range, other=float("-inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse * _LOG2_E)
 
 
 @triton.jit

@@ -16,10 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..configs import Config, config_for, padded, shared_limit
-from ..forward import LOG2_E
-from ..tiles import check_launch, last_contiguous, load_tile, strides
+from ..tiles import LOG2_E, check_launch, last_contiguous, load_lse, load_tile, strides
 from .blocks import query_blocks
-from .device import base_2, visible_tiles
+from .device import visible_tiles
 from .reference import LARGE, LEAST_KEPT
 
 _LEAST_KEPT = tl.constexpr(LEAST_KEPT)
@@ -46,7 +45,7 @@ def _load_rows(
     dout_base = dout_ptr + b * dout_batch + h * dout_head - shift * dout_row
     dout = load_tile(dout_base, first, dout_row, in_range, ROWS, V_DIM, PADDED_V_DIM, True)
     at = (b * num_heads + h) * s_q + position - query_offset
-    lse = base_2(lse_ptr + at, in_range)
+    lse = load_lse(lse_ptr + at, in_range)
     delta = tl.where(lse == float("inf"), 0.0, tl.load(delta_ptr + at, mask=in_range, other=0.0))
     return q, dout, lse, delta, position, in_range
 

@@ -14,12 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..configs import config_for, padded, shared_limit
-from ..forward import LOG2_E
 from ..spec import empty
-from ..tiles import check_launch, last_contiguous, load_tile, strides
+from ..tiles import LOG2_E, check_launch, last_contiguous, load_lse, load_tile, strides
 from ..topk_layout import TopKLayout
 from .blocks import query_blocks
-from .device import base_2, visible_tiles
+from .device import visible_tiles
 
 
 @triton.jit
@@ -82,7 +81,7 @@ def s2_block_mass_kernel(
     q_base = q_ptr + b * q_batch + h * q_head - query_offset.to(tl.int64) * q_row
     k_base = k_ptr + b * k_batch + h // group * k_head
     q = load_tile(q_base, first, q_row, in_range, ROWS, DIM, PADDED_DIM, True)
-    lse = base_2(lse_ptr + batch_head * s_q + position - query_offset, in_range)
+    lse = load_lse(lse_ptr + batch_head * s_q + position - query_offset, in_range)
     out = mass_ptr + (batch_head * num_tiles + tile) * n_k
     rows = tl.minimum(block * BLOCK + BLOCK, end) - tl.maximum(block * BLOCK, query_offset)
     weight = 1.0 / (rows * group).to(tl.float32)

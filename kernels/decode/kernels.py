@@ -17,11 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..configs import padded, shared_limit
-from ..forward import LOG2_E
 from ..interpreter import repair_interpreter
 from ..layout import BlockLayout
 from ..spec import empty
-from ..tiles import last_contiguous
+from ..tiles import LOG2_E, last_contiguous
 from .schedule import HEADS_PER_TILE, DecodeSchedule, decode_schedule, tiles_of_group
 
 if os.environ.get("TRITON_INTERPRET") == "1":

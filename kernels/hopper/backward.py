@@ -29,11 +29,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..forward import LOG2_E
 from ..launch import launch
 from ..part_sums import launch_of_sums, new_parts, s2_attention_bwd_kernel_add_parts
 from ..spec import AttentionSpec, empty, empty_bhsd
-from ..tiles import strides
+from ..tiles import LOG2_E, strides
 from ..topk_layout import Layout
 from .backward_config import HopperBackwardConfig, check_config, chosen_config
 from .backward_rows import s2_attention_bwd_kernel_hopper_finish, s2_attention_bwd_kernel_hopper_prepare

@@ -30,6 +30,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ..configs import multiprocessors
 from ..launch import launch
 from ..spec import AttentionSpec, empty, empty_bhsd
+from ..tiles import LOG2_E
 from ..topk_layout import Layout, TopKLayout
 from .descriptors import descriptor
 from .documents import COLUMNS, document_table
@@ -42,7 +43,6 @@ from .support import PANEL, padded_to_panels
 from .topk_forward_schedule import topk_forward_schedule
 from .weight_registers import compute_here, pack, stay_live, unpack
 
-_LOG2_E = 1.4426950408889634
 _LN_2 = gl.constexpr(0.6931471805599453)
 _LOWEST = gl.constexpr(-1.0e30)  # below every score; finite, so that rows without keys need no special case
 _STEP = gl.constexpr(TILE)  # keys per step
@@ -524,7 +524,7 @@ def launch_arguments(
         _descriptor(q, TILE // 2, PANEL), _descriptor(k, chunk, PANEL), _descriptor(v, chunk, PANEL),
         _descriptor(out, TILE // 2, padded_v_dim),
         lse, schedule.head_order, schedule.head_slot, schedule.step_offsets, schedule.full_offsets, schedule.chunks,
-        spec.softmax_scale * _LOG2_E, num_items, num_tiles, first_tile, num_heads, num_heads // num_kv_heads,
+        spec.softmax_scale * LOG2_E, num_items, num_tiles, first_tile, num_heads, num_heads // num_kv_heads,
         schedule.tiles_per_pattern, offset, s_q, s_k,
         documents, *((out, *out_rows) if partial else (None, None, None, None)),
     )  # fmt: skip

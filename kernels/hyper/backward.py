@@ -13,22 +13,9 @@ dS = P * (dP - delta), P = w * exp(scale * q k^T - lse), to its own queries' dq 
 import triton
 import triton.language as tl
 
-from ..forward import LOG2_E
-from ..tiles import load_tile, store_tile
+from ..tiles import load_lse, load_tile, store_tile
 from .device import bias_of, gather_tile, interval_of, level_of, outside_window
 from .forward import bucket_tile
-
-_LOG2_E = tl.constexpr(LOG2_E)
-
-
-@triton.jit
-def _load_lse(pointers, mask):
-    """Load log-sum-exps in base 2.
-
-    Rows that don't exist or have no keys get +inf, which makes all weights 0.
-    """
-    lse = tl.load(pointers, mask=mask, other=float("-inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse * _LOG2_E)
 
 
 @triton.jit
@@ -76,7 +63,7 @@ def s2_hyper_sample_dq_kernel(
     dout_base = dout_ptr + b * dout_batch + h * dout_head
     dout = load_tile(dout_base, first, dout_row, in_range, ROWS, V_DIM, PADDED_V_DIM, True)
     at = batch_head * length + position
-    lse = _load_lse(lse_ptr + at, in_range)
+    lse = load_lse(lse_ptr + at, in_range)
     delta = tl.load(delta_ptr + at, mask=in_range, other=0.0)
     dq = tl.zeros([ROWS, PADDED_DIM], tl.float32)
     sample_base = row * 0
@@ -171,7 +158,7 @@ def s2_hyper_sample_dkdv_kernel(
         q = load_tile(q_base, start + local, q_row, in_range, STEPS, DIM, PADDED_DIM, True)
         dout = load_tile(dout_base, start + local, dout_row, in_range, STEPS, V_DIM, PADDED_V_DIM, True)
         at = (row * group + member) * length + position
-        lse = _load_lse(lse_ptr + at, in_range)
+        lse = load_lse(lse_ptr + at, in_range)
         delta = tl.load(delta_ptr + at, mask=in_range, other=0.0)
         entry = query_base + ((row * group + member) * count + interval) * size
         own = tl.load(own_buckets + entry + local + tl.arange(0, STEPS), mask=in_range, other=-1)
@@ -206,7 +193,7 @@ def s2_hyper_bucket_dq_kernel(
     dout_base = dout_ptr + b * dout_batch + kv * group * dout_head
     dout = gather_tile(dout_base, member * dout_head + at_row * dout_row, 1, exists, V_DIM, PADDED_V_DIM)
     at = row * group * length + member * length + position
-    lse = _load_lse(lse_ptr + at, exists)
+    lse = load_lse(lse_ptr + at, exists)
     delta = tl.load(delta_ptr + at, mask=exists, other=0.0)
     k_base = k_ptr + b * k_batch + kv * k_head
     v_base = v_ptr + b * v_batch + kv * v_head
@@ -268,7 +255,7 @@ def s2_hyper_bucket_dkdv_kernel(
         q = gather_tile(q_base, member * q_head + at_row * q_row, 1, exists, DIM, PADDED_DIM)
         dout = gather_tile(dout_base, member * dout_head + at_row * dout_row, 1, exists, V_DIM, PADDED_V_DIM)
         at = row * group * length + query
-        lse = _load_lse(lse_ptr + at, exists)
+        lse = load_lse(lse_ptr + at, exists)
         delta = tl.load(delta_ptr + at, mask=exists, other=0.0)
         keep = outside_window(position[None, :], keys[:, None], window_blocks, BLOCK, CAUSAL)
         dk, dv = _add_dkdv(dk, dv, q, k, v, dout, lse, delta, keep, bias, scale_log2)

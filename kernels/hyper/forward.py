@@ -12,8 +12,7 @@ in place: a query occurs once in a level, so nothing is atomic.
 import triton
 import triton.language as tl
 
-from ..forward import LOG2_E
-from ..tiles import load_tile, store_tile
+from ..tiles import LOG2_E, load_tile, store_tile
 from .device import bias_of, gather_tile, interval_of, level_of, outside_window
 
 _LOG2_E = tl.constexpr(LOG2_E)

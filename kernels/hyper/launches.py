@@ -12,10 +12,9 @@ from torch import Tensor
 from .. import spec as specs
 from ..backward import _PREPROCESS_ROWS, s2_attention_bwd_kernel_preprocess
 from ..configs import Config, padded, shared_limit
-from ..forward import LOG2_E
 from ..layout import BlockLayout
 from ..spec import AttentionSpec
-from ..tiles import strides
+from ..tiles import LOG2_E, strides
 from ..triton_backend import run_backward, run_forward
 from .backward import (
     s2_hyper_bucket_dkdv_kernel,
