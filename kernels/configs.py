@@ -5,6 +5,7 @@ The table replaces autotuning: every rank uses the same configuration, so that r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
@@ -94,14 +95,33 @@ def padded(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
-def shared_bytes(kernel: Kernel, config: Config, dim: int, v_dim: int, itemsize: int) -> int:
+def shared_bytes(kernel: str, config: Config, dim: int, v_dim: int, itemsize: int, more: int = 4096) -> int:
     """Return a program's shared memory in bytes.
 
-    Counts resident tiles, and iterated tiles once per stage.
+    Counts resident tiles, iterated tiles once per stage, and `more`.
     """
     width = padded(dim) + padded(v_dim)
-    resident = padded(dim) if kernel == "forward" else width
-    return itemsize * (config.rows * resident + max(config.num_stages, 1) * config.steps * width) + 4096
+    resident = padded(dim) if kernel.endswith("forward") else width
+    return itemsize * (config.rows * resident + max(config.num_stages, 1) * config.steps * width) + more
+
+
+def fitted(
+    config: Config, limit: int | None, needed: Callable[[Config], int], dim: int, fewest_rows: int = 16
+) -> Config:
+    """Reduce a configuration to at most `limit` bytes of shared memory.
+
+    First the stages are reduced, then the tiles are halved. Raises ValueError if even the smallest does not fit.
+    """
+    while limit is not None and needed(config) > limit:
+        if config.num_stages > 1:
+            config = replace(config, num_stages=config.num_stages - 1)
+        elif config.steps > 16:
+            config = replace(config, steps=config.steps // 2)
+        elif config.rows > fewest_rows:
+            config = replace(config, rows=config.rows // 2, num_warps=max(1, config.num_warps // 2))
+        else:
+            raise ValueError(f"head dimension {dim} does not fit this device's {limit} bytes of shared memory")
+    return config
 
 
 def shared_limit(device: torch.device) -> int | None:
@@ -137,7 +157,7 @@ def _shared_limit(index: int) -> int:
 def config_for(kernel: Kernel, block_size: int, dim: int, v_dim: int, dtype: torch.dtype, limit: int | None) -> Config:
     """Return the table's configuration, reduced to fit `limit` bytes of shared memory.
 
-    First the stages are reduced, then the tiles are halved. Raises ValueError if even the smallest does not fit.
+    Raises ValueError as `fitted`, and for head dimensions above 256.
     """
     width = max(64, padded(dim), padded(v_dim))
     # the minimum for a tensor core product; full-precision float32 uses no tensor cores and can have fewer rows
@@ -148,13 +168,4 @@ def config_for(kernel: Kernel, block_size: int, dim: int, v_dim: int, dtype: tor
         config = _SINGLE[min(block_size, 32), width]
     else:
         config = _HALF[kernel][min(block_size, 128), width]
-    while limit is not None and shared_bytes(kernel, config, dim, v_dim, dtype.itemsize) > limit:
-        if config.num_stages > 1:
-            config = replace(config, num_stages=config.num_stages - 1)
-        elif config.steps > 16:
-            config = replace(config, steps=config.steps // 2)
-        elif config.rows > fewest_rows:
-            config = replace(config, rows=config.rows // 2, num_warps=max(1, config.num_warps // 2))
-        else:
-            raise ValueError(f"head dimension {dim} does not fit this device's {limit} bytes of shared memory")
-    return config
+    return fitted(config, limit, lambda one: shared_bytes(kernel, one, dim, v_dim, dtype.itemsize), dim, fewest_rows)

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from ..configs import Config, padded
+from ..configs import Config, fitted, padded, shared_bytes
 
 Kernel = Literal["sample forward", "bucket forward", "sample dq", "bucket dq", "sample dkdv", "bucket dkdv"]
 
@@ -31,31 +31,12 @@ _SINGLE = {64: Config(32, 32, 8, 1), 128: Config(32, 32, 8, 1), 256: Config(16, 
 def config_for(kernel: Kernel, most: int, dim: int, v_dim: int, dtype: torch.dtype, limit: int | None) -> Config:
     """Return a configuration with at most `most` rows and steps.
 
-    Stages, then tiles are reduced to fit `limit` bytes of shared memory. Raises ValueError if even the smallest does
-    not fit.
+    It is reduced to fit `limit` bytes of shared memory. Raises ValueError as `fitted`, and for head dimensions above
+    256.
     """
     width = max(64, padded(dim), padded(v_dim))
     if width > 256:
         raise ValueError(f"head dimensions up to 256 are supported, got {dim} (q, k) and {v_dim} (v)")
     config = _SINGLE[width] if dtype == torch.float32 else HALF[kernel][width]
     config = replace(config, rows=min(config.rows, most), steps=min(config.steps, most))
-    while limit is not None and _shared_bytes(kernel, config, dim, v_dim, dtype.itemsize) > limit:
-        if config.num_stages > 1:
-            config = replace(config, num_stages=config.num_stages - 1)
-        elif config.steps > 16:
-            config = replace(config, steps=config.steps // 2)
-        elif config.rows > 16:
-            config = replace(config, rows=config.rows // 2, num_warps=max(1, config.num_warps // 2))
-        else:
-            raise ValueError(f"head dimension {dim} does not fit this device's {limit} bytes of shared memory")
-    return config
-
-
-def _shared_bytes(kernel: Kernel, config: Config, dim: int, v_dim: int, itemsize: int) -> int:
-    """Return a program's shared memory in bytes.
-
-    It holds resident tiles, and iterated tiles once per stage.
-    """
-    width = padded(dim) + padded(v_dim)
-    resident = padded(dim) if kernel.endswith("forward") else width
-    return itemsize * (config.rows * resident + max(config.num_stages, 1) * config.steps * width) + 8192
+    return fitted(config, limit, lambda one: shared_bytes(kernel, one, dim, v_dim, dtype.itemsize, more=8192), dim)
