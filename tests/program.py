@@ -47,6 +47,11 @@ class Outcome:
     out: str
     err: str
 
+    def succeeded(self) -> "Outcome":
+        """Fail the test with what the program said if it failed."""
+        assert self.status == 0, self.err[-3000:]
+        return self
+
 
 def run(
     program: str,
@@ -109,8 +114,7 @@ def launch(launcher: str, *arguments: str, **environment: str) -> Outcome:
 
 def results_of(module: str, *arguments: str, processes: int = 0, interpret: bool = False) -> Any:
     """JSON in the last line that a test module prints as a program."""
-    done = run(module, *arguments, processes=processes, interpret=interpret)
-    assert done.status == 0, done.err[-3000:]
+    done = run(module, *arguments, processes=processes, interpret=interpret).succeeded()
     return json.loads(done.out.splitlines()[-1])
 
 

@@ -212,7 +212,6 @@ def test_a_ready_made_model_trains_as_it_stands(scorer: str, tmp_path: Path) -> 
     """But for one step and one micro batch, in training as in evaluation."""
     short = ["train.exit_step=1", "train.global_batch_size=8", "evaluation.batches=1", UNSAVED]
     quiet = [f"run_dir={tmp_path}", "tracking.log_interval=1", "tracking.wandb=disabled"]
-    done = run("pretrain.py", f"+model=tiny_{scorer}", *short, *quiet)
-    assert done.status == 0, done.err[-3000:]
+    run("pretrain.py", f"+model=tiny_{scorer}", *short, *quiet).succeeded()
     (loss,) = [record["loss"] for record in metrics(tmp_path)]
     assert loss == pytest.approx(math.log(320), abs=0.5)  # of a uniform guess among 320 tokens

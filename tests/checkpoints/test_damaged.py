@@ -35,8 +35,7 @@ OTHERS = [of for of in itertools.product(FILES, DAMAGES) if of not in ONE_DAMAGE
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run stopped at step 5 of 6, with the checkpoints of steps 4 and 5."""
     folder = tmp_path_factory.mktemp("stopped")
-    done = pretrain(folder, STEPS, "train.exit_step=5", "checkpoint.interval=1", "checkpoint.keep=2", processes=0)
-    assert done.status == 0, done.err
+    pretrain(folder, STEPS, "train.exit_step=5", "checkpoint.interval=1", "checkpoint.keep=2", processes=0).succeeded()
     assert {path.name for path in last_of(folder).iterdir()} <= set(FILES)
     return folder
 
@@ -82,8 +81,7 @@ def test_whichever_file_is_damaged_the_remedy_resumes_training(run_dir: Path, na
     assert line.startswith(f"error: checkpoint.resume={last}: its ")
     assert name in line
     assert remedy(line) == f"checkpoint.resume={run_dir}/checkpoints/iter_0000004"
-    done = pretrain(run_dir, STEPS, remedy(line), processes=0)
-    assert done.status == 0, done.err
+    done = pretrain(run_dir, STEPS, remedy(line), processes=0).succeeded()
     assert [line for line in done.out.splitlines() if line.startswith(f"{last}: its ")]
     assert metrics(run_dir)[-1]["step"] == 6
     assert folders(run_dir) == ["damaged_iter_0000005", "iter_0000004", "iter_0000006"]
@@ -95,8 +93,7 @@ def test_if_the_only_checkpoint_is_damaged_the_remedy_starts_from_step_1(run_dir
     line = error_line(pretrain(run_dir, STEPS, processes=0))
     assert "another run_dir" in line
     assert remedy(line) == "checkpoint.resume=never"
-    done = pretrain(run_dir, STEPS, remedy(line), processes=0)
-    assert done.status == 0, done.err
+    pretrain(run_dir, STEPS, remedy(line), processes=0).succeeded()
     assert folders(run_dir) == ["damaged_iter_0000005", "iter_0000006"]
 
 
@@ -114,8 +111,7 @@ def test_a_run_may_start_before_a_checkpoint_that_failed_to_load(run_dir: Path, 
     line = error_line(pretrain(run_dir, STEPS, processes=processes))
     assert line.startswith(f"error: checkpoint.resume={last}: its shards can't be loaded")
     assert remedy(line) == older
-    done = pretrain(run_dir, STEPS, older, processes=processes)
-    assert done.status == 0, done.err
+    pretrain(run_dir, STEPS, older, processes=processes).succeeded()
     assert folders(run_dir) == ["damaged_iter_0000005", "iter_0000004", "iter_0000006"]
 
 
@@ -136,8 +132,7 @@ def test_the_remedy_works_again_if_the_next_checkpoint_is_damaged_too(run_dir: P
     older = remedy(error_line(pretrain(run_dir, STEPS, processes=0)))
     assert pretrain(run_dir, STEPS, older, "train.exit_step=5", processes=0).status == 0
     (last_of(run_dir) / "metadata.json").unlink()
-    done = pretrain(run_dir, STEPS, older, processes=0)
-    assert done.status == 0, done.err
+    pretrain(run_dir, STEPS, older, processes=0).succeeded()
     assert folders(run_dir) == ["damaged_iter_0000005", "damaged_iter_0000005.1", "iter_0000004", "iter_0000006"]
 
 

@@ -27,8 +27,7 @@ def test_neither_a_resumed_run_nor_an_evaluation_takes_other_masks(tmp_path: Pat
     file, trained = tmp_path / "masks.npz", tmp_path / "run"
     write(file, 1)
     settings = [*layout(file), "layout.allow_partial_coverage=true"]
-    done = pretrain(trained, *settings, "train.exit_step=1", processes=0)
-    assert done.status == 0, done.err
+    pretrain(trained, *settings, "train.exit_step=1", processes=0).succeeded()
     write(file, 2)
     problem = f"iter_0000001: it was trained with other masks than {file} holds now"
     assert problem in error_line(pretrain(trained, *settings, processes=0))

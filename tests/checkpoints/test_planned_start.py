@@ -34,8 +34,7 @@ def test_a_plan_ends_with_the_error_of_a_missing_checkpoint(named: str, settings
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Holds a run's checkpoint after its last step, the second."""
     folder = tmp_path_factory.mktemp("trained")
-    done = pretrain(folder, "train.steps=2", "optim.warmup_steps=1", processes=0)
-    assert done.status == 0, done.err
+    pretrain(folder, "train.steps=2", "optim.warmup_steps=1", processes=0).succeeded()
     return folder
 
 

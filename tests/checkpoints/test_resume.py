@@ -25,8 +25,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on two processes, stopped at step 3 of 6, with a checkpoint at every step."""
     folder = tmp_path_factory.mktemp("stopped")
     settings = [STEPS, REPORTS, "train.exit_step=3", "checkpoint.interval=1", "checkpoint.keep=2"]
-    done = pretrain(folder, *settings, processes=2)
-    assert done.status == 0, done.err
+    pretrain(folder, *settings, processes=2).succeeded()
     return folder
 
 
@@ -57,23 +56,20 @@ WHOLE = [STEPS, REPORTS, "evaluation.interval=6", "evaluation.batches=1"]
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[float]]:
     """What an uninterrupted run on two processes reports."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    done = pretrain(folder, *WHOLE, UNSAVED, processes=2)
-    assert done.status == 0, done.err
+    pretrain(folder, *WHOLE, UNSAVED, processes=2).succeeded()
     return trace(folder)
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(
     stopped: Path, uninterrupted: dict[int, list[float]], tmp_path: Path
 ) -> None:
-    resumed = pretrain(tmp_path, *WHOLE, UNSAVED, f"checkpoint.resume={stopped}", processes=2)
-    assert resumed.status == 0, resumed.err
+    pretrain(tmp_path, *WHOLE, UNSAVED, f"checkpoint.resume={stopped}", processes=2).succeeded()
     assert trace(tmp_path) == {step: uninterrupted[step] for step in (4, 6)}  # bit for bit
     assert trace(stopped)[2] == uninterrupted[2]
 
 
 def test_reports_after_a_resume_name_the_steps_that_they_cover(stopped: Path, tmp_path: Path) -> None:
-    resumed = pretrain(tmp_path, STEPS, REPORTS, UNSAVED, f"checkpoint.resume={stopped}", processes=0)
-    assert resumed.status == 0, resumed.err
+    resumed = pretrain(tmp_path, STEPS, REPORTS, UNSAVED, f"checkpoint.resume={stopped}", processes=0).succeeded()
     assert [record.get("timed_from") for record in metrics(tmp_path)] == [4, None]  # the first has step 3's loss too
     assert " ms/step from step 4 | " in resumed.out
     assert f"loss curve {tmp_path / 'loss.png'} from step 4" in resumed.out
@@ -85,8 +81,7 @@ BUDGET = ["train.tokens=6144", "optim.warmup_tokens=2048"]  # six steps of 8 × 
 def test_a_run_in_tokens_resumes_as_in_steps(
     stopped: Path, uninterrupted: dict[int, list[float]], tmp_path: Path
 ) -> None:
-    resumed = pretrain(tmp_path, *BUDGET, *WHOLE[1:], f"checkpoint.resume={stopped}", processes=2)
-    assert resumed.status == 0, resumed.err
+    resumed = pretrain(tmp_path, *BUDGET, *WHOLE[1:], f"checkpoint.resume={stopped}", processes=2).succeeded()
     assert trace(tmp_path) == {step: uninterrupted[step] for step in (4, 6)}
     saved = read_config(tmp_path / "checkpoints" / "iter_0000006")
     assert (saved.train.steps, saved.optim.warmup_steps) == (6, 2)
@@ -120,11 +115,9 @@ def test_a_run_in_tokens_keeps_the_size_of_its_steps(stopped: Path, tmp_path: Pa
 )
 def test_runs_with_other_settings_resume_bit_for_bit_too(change: list[str], tmp_path: Path) -> None:
     settings = ["train.steps=4", *WHOLE[1:], "evaluation.interval=4", *change]
-    done = pretrain(tmp_path / "uninterrupted", *settings, "checkpoint.interval=3", processes=2)
-    assert done.status == 0, done.err
+    pretrain(tmp_path / "uninterrupted", *settings, "checkpoint.interval=3", processes=2).succeeded()
     start = f"checkpoint.resume={tmp_path / 'uninterrupted' / 'checkpoints' / 'iter_0000003'}"
-    done = pretrain(tmp_path / "resumed", *settings, UNSAVED, start, processes=2)
-    assert done.status == 0, done.err
+    pretrain(tmp_path / "resumed", *settings, UNSAVED, start, processes=2).succeeded()
     expected = trace(tmp_path / "uninterrupted")
     assert trace(tmp_path / "resumed") == {4: expected[4]}
 
@@ -141,16 +134,14 @@ def test_a_data_parallel_checkpoint_resumes_under_another_parallel_division(
     stopped: Path, uninterrupted: dict[int, list[float]], division: str, tmp_path: Path
 ) -> None:
     processes, more = (1, []) if division == "one process" else (2, [division])
-    resumed = pretrain(tmp_path, *WHOLE, *more, UNSAVED, f"checkpoint.resume={stopped}", processes=processes)
-    assert resumed.status == 0, resumed.err
+    pretrain(tmp_path, *WHOLE, *more, UNSAVED, f"checkpoint.resume={stopped}", processes=processes).succeeded()
     for step in (4, 6):
         assert trace(tmp_path)[step] == pytest.approx(uninterrupted[step], rel=1e-5)
 
 
 def test_starting_a_finished_run_again_does_nothing(stopped: Path) -> None:
     before = files(stopped)
-    done = pretrain(stopped, STEPS, "train.exit_step=3", "tracking.log_interval=5")
-    assert done.status == 0, done.err
+    done = pretrain(stopped, STEPS, "train.exit_step=3", "tracking.log_interval=5").succeeded()
     assert "nothing to do" in done.out
     assert files(stopped) == before
 
@@ -203,22 +194,19 @@ def test_a_resumed_run_does_not_train_on_documents_that_were_held_out(stopped: P
 def test_a_new_phase_takes_other_data_from_their_beginning(stopped: Path, tmp_path: Path) -> None:
     changes = ["train.seq_length=64", "checkpoint.new_data=true", "model.rotary_base=20000"]
     start = f"checkpoint.resume={stopped}"
-    done = pretrain(tmp_path, STEPS, start, *changes, "train.exit_step=4", processes=0)
-    assert done.status == 0, done.err
+    pretrain(tmp_path, STEPS, start, *changes, "train.exit_step=4", processes=0).succeeded()
     progress = read_progress(tmp_path / "checkpoints" / "iter_0000004")
     assert (progress.step, progress.consumed_samples) == (4, 8)
     # The samples of its three steps: in a longer order, few documents would repeat its first samples.
     assert progress.order["data.num_samples"] == 24
-    again = pretrain(tmp_path, STEPS, start, *changes, "checkpoint.resume=auto", processes=0)
-    assert again.status == 0, again.err
+    pretrain(tmp_path, STEPS, start, *changes, "checkpoint.resume=auto", processes=0).succeeded()
     assert read_progress(tmp_path / "checkpoints" / "iter_0000006").consumed_samples == 24
 
 
 def test_a_new_phase_scales_rope_and_logs_it_as_a_change(stopped: Path, tmp_path: Path) -> None:
     scaling = "model.rope_scaling={kind:yarn,factor:4,original_length:128}"
     phase = [f"checkpoint.resume={stopped}", "checkpoint.new_data=true", scaling, "train.seq_length=512"]
-    done = pretrain(tmp_path, STEPS, *phase, "train.exit_step=4", processes=0)
-    assert done.status == 0, done.err
+    done = pretrain(tmp_path, STEPS, *phase, "train.exit_step=4", processes=0).succeeded()
     assert "changed since iter_0000003: model.rope_scaling.kind none → yarn" in done.out
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     (changed,) = [record["settings"] for record in records if record.get("event") == "changed settings"]
@@ -226,8 +214,9 @@ def test_a_new_phase_scales_rope_and_logs_it_as_a_change(stopped: Path, tmp_path
     assert changed["model.rope_scaling.attention_factor"] == [None, pytest.approx(1.1386, abs=1e-4)]
     # a setting left to its default is the same: the run resumes
     same = "model.rope_scaling={kind:yarn,factor:4,original_length:128,beta_slow:1,truncate:true}"
-    again = pretrain(tmp_path, STEPS, *phase[:2], same, *phase[3:], "train.exit_step=5", UNSAVED, processes=0)
-    assert again.status == 0, again.err
+    again = pretrain(
+        tmp_path, STEPS, *phase[:2], same, *phase[3:], "train.exit_step=5", UNSAVED, processes=0
+    ).succeeded()
     assert "rope_scaling" not in again.out
 
 
@@ -235,8 +224,7 @@ def test_a_new_phase_may_become_dense_where_it_is_allowed(stopped: Path, tmp_pat
     phase = [f"checkpoint.resume={stopped}", "checkpoint.new_data=true", "layout.layers=D", "train.exit_step=4"]
     rejected = pretrain(tmp_path, STEPS, *phase, processes=0)
     assert_rejected(rejected, "layout.layers=D", "checkpoint.allow_changes=[layout.layers]")
-    done = pretrain(tmp_path, STEPS, *phase, "checkpoint.allow_changes=[layout.layers]", processes=0)
-    assert done.status == 0, done.err
+    pretrain(tmp_path, STEPS, *phase, "checkpoint.allow_changes=[layout.layers]", processes=0).succeeded()
     assert sorted(read_curves(tmp_path / "metrics.jsonl").train) == [4]
     assert read_config(tmp_path / "checkpoints" / "iter_0000004").layout.layers == "D"
 
@@ -249,8 +237,7 @@ def test_outside_a_new_phase_no_consent_changes_the_layout(stopped: Path, tmp_pa
 def test_an_incomplete_save_is_not_a_checkpoint(stopped: Path, tmp_path: Path) -> None:
     (stopped / "checkpoints" / ".iter_0000009.0a1b2c3d.partial").mkdir()
     (stopped / "checkpoints" / "latest_checkpointed_iteration.txt").unlink()
-    done = pretrain(tmp_path, STEPS, "train.exit_step=4", f"checkpoint.resume={stopped}", processes=0)
-    assert done.status == 0, done.err
+    done = pretrain(tmp_path, STEPS, "train.exit_step=4", f"checkpoint.resume={stopped}", processes=0).succeeded()
     assert "iter_0000003" in done.out
     assert sorted(read_curves(tmp_path / "metrics.jsonl").train) == [4]
 
@@ -267,8 +254,7 @@ def test_only_intact_checkpoints_are_recommended_instead_of_a_damaged_one(stoppe
 
 def test_changed_hyperparameters_apply_after_a_resume(stopped: Path, tmp_path: Path) -> None:
     changes = ["optim.lr=5e-4", "optim.min_lr=5e-4", "optim.beta2=0.5", "train.exit_step=4"]
-    done = pretrain(tmp_path, STEPS, f"checkpoint.resume={stopped}", *changes, processes=0)
-    assert done.status == 0, done.err
+    done = pretrain(tmp_path, STEPS, f"checkpoint.resume={stopped}", *changes, processes=0).succeeded()
     assert "changed since iter_0000003: optim.lr 0.003 → 0.0005" in done.out.splitlines()
     assert metrics(tmp_path)[-1]["lr"] == pytest.approx(5e-4)
     checkpoint = tmp_path / "checkpoints" / "iter_0000004"

@@ -120,16 +120,14 @@ def values(run_dir: Path) -> list[Any]:
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dense")
-    done = pretrain(folder, "layout.layers=D", "train.steps=4", "checkpoint.interval=2")
-    assert done.status == 0, done.err[-3000:]
+    pretrain(folder, "layout.layers=D", "train.steps=4", "checkpoint.interval=2").succeeded()
     return folder
 
 
 @pytest.fixture(scope="module")
 def taught(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("taught")
-    done = pretrain(folder, *STUDENT, kind(dense))
-    assert done.status == 0, done.err[-3000:]
+    done = pretrain(folder, *STUDENT, kind(dense)).succeeded()
     named = f"teacher of layers E: the dense model of {dense}/checkpoints/iter_0000004"
     assert named in done.out
     return folder
@@ -150,16 +148,14 @@ def test_the_models_own_dense_checkpoint_teaches_as_its_own_attention(dense: Pat
         UNSAVED,
     ]
     for name, teacher in (("own", None), ("taught", dense)):
-        done = pretrain(tmp_path / name, *start, kind(teacher), "train.exit_step=2")
-        assert done.status == 0, done.err[-3000:]
+        pretrain(tmp_path / name, *start, kind(teacher), "train.exit_step=2").succeeded()
     assert values(tmp_path / "taught") == values(tmp_path / "own")
     assert len(values(tmp_path / "own")) == 2
 
 
 @pytest.mark.slow
 def test_a_resumed_run_learns_bit_for_bit_from_the_same_checkpoint(dense: Path, taught: Path, tmp_path: Path) -> None:
-    done = pretrain(tmp_path, *STUDENT, kind(dense), resumed(taught), UNSAVED)
-    assert done.status == 0, done.err[-3000:]
+    pretrain(tmp_path, *STUDENT, kind(dense), resumed(taught), UNSAVED).succeeded()
     assert values(tmp_path) == values(taught)[2:]
 
 
@@ -167,8 +163,7 @@ def test_a_resumed_run_learns_bit_for_bit_from_the_same_checkpoint(dense: Path, 
 def test_another_teacher_on_resume_is_logged(dense: Path, taught: Path, tmp_path: Path) -> None:
     first, second = (dense / "checkpoints" / f"iter_000000{step}" for step in (4, 2))
     changed = [kind(second), "checkpoint.allow_changes=true", UNSAVED]
-    done = pretrain(tmp_path, *STUDENT, *changed, resumed(taught))
-    assert done.status == 0, done.err[-3000:]
+    done = pretrain(tmp_path, *STUDENT, *changed, resumed(taught)).succeeded()
     assert f"layout.kinds.E.teacher {first} → {second}" in done.out
     assert f"teacher of layers E: the dense model of {second}" in done.out
 
@@ -179,8 +174,7 @@ def test_a_checkpoint_holds_nothing_of_the_teacher(taught: Path) -> None:
         index = FileSystemReader(run_dir / "checkpoints" / "iter_0000002").read_metadata()
         return {name: getattr(value, "size", None) for name, value in index.state_dict_metadata.items()}
 
-    done = pretrain(taught.parent / "untaught", *STUDENT, kind(None), "train.exit_step=2")
-    assert done.status == 0, done.err[-3000:]
+    pretrain(taught.parent / "untaught", *STUDENT, kind(None), "train.exit_step=2").succeeded()
     assert shapes(taught) == shapes(taught.parent / "untaught")
 
 
@@ -196,8 +190,7 @@ def test_a_checkpoint_holds_nothing_of_the_teacher(taught: Path) -> None:
 def test_several_ranks_learn_alike(
     dense: Path, taught: Path, processes: int, division: list[str], tmp_path: Path
 ) -> None:
-    done = pretrain(tmp_path, *STUDENT, kind(dense), *division, UNSAVED, processes=processes)
-    assert done.status == 0, done.err[-3000:]
+    pretrain(tmp_path, *STUDENT, kind(dense), *division, UNSAVED, processes=processes).succeeded()
     for now, expected in zip(values(tmp_path), values(taught), strict=True):
         for name, one, other in zip(NAMES, now, expected, strict=True):
             assert one == pytest.approx(other, rel=TOLERANCE, abs=1e-8), name

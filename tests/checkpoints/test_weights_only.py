@@ -37,16 +37,14 @@ def model_of(run_dir: Path, step: int) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dense")
-    done = pretrain(folder, "layout.layers=D", "train.steps=3")
-    assert done.status == 0, done.err[-3000:]
+    pretrain(folder, "layout.layers=D", "train.steps=3").succeeded()
     return folder
 
 
 @pytest.fixture(scope="module")
 def selected(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("selected")
-    done = pretrain(folder, *SELECTED, f"checkpoint.resume={dense}", "checkpoint.weights_only=true")
-    assert done.status == 0, done.err[-3000:]
+    pretrain(folder, *SELECTED, f"checkpoint.resume={dense}", "checkpoint.weights_only=true").succeeded()
     return folder
 
 
@@ -60,8 +58,7 @@ def test_a_sparse_model_starts_at_step_1_from_a_dense_models_weights(dense: Path
 @pytest.mark.slow
 def test_the_first_step_of_the_warm_up_is_the_dense_models(dense: Path, selected: Path, tmp_path: Path) -> None:
     start = [f"checkpoint.resume={dense}", "checkpoint.weights_only=true", "train.steps=4", "train.exit_step=1"]
-    done = pretrain(tmp_path, "layout.layers=D", *start, UNSAVED)
-    assert done.status == 0, done.err[-3000:]
+    pretrain(tmp_path, "layout.layers=D", *start, UNSAVED).succeeded()
     assert metrics(selected)[0]["loss"] == pytest.approx(metrics(tmp_path)[0]["loss"], rel=1e-6)
 
 
@@ -86,8 +83,7 @@ def test_a_run_resumes_bit_for_bit_from_within_the_frozen_steps(dense: Path, sel
     start = [f"checkpoint.resume={dense}", "checkpoint.weights_only=true", "checkpoint.interval=1"]
     logged = (f"new run in {tmp_path}, with the weights of {dense}/", f"resuming from {tmp_path}/")
     for stop, origin in zip((["train.exit_step=1"], []), logged, strict=True):
-        done = pretrain(tmp_path, *SELECTED, *start, *stop)
-        assert done.status == 0, done.err[-3000:]
+        done = pretrain(tmp_path, *SELECTED, *start, *stop).succeeded()
         assert origin in done.out
         assert ("initial values of index_query, index_key in 3 layers" in done.out) == bool(stop)
     whole, parts = model_of(selected, 4), model_of(tmp_path, 4)
@@ -172,7 +168,6 @@ def test_a_plan_without_phases_prints_none() -> None:
 def test_a_new_start_from_weights_scales_rope_and_logs_it(dense: Path, tmp_path: Path) -> None:
     start = [f"checkpoint.resume={dense}", "checkpoint.weights_only=true", "layout.layers=D", "train.steps=3"]
     start += ["model.rope_scaling={kind:linear,factor:4}", "train.exit_step=1"]
-    done = pretrain(tmp_path, *start, processes=0)
-    assert done.status == 0, done.err
+    done = pretrain(tmp_path, *start, processes=0).succeeded()
     assert "model.rope_scaling.kind none → linear" in done.out
     assert metrics(tmp_path)[0]["loss"] < metrics(dense)[0]["loss"] - 0.05

@@ -204,24 +204,21 @@ def test_results_of_layouts_that_were_chosen_anew_are_rejected(
 
 @pytest.mark.slow
 def test_the_program_trains_each_layout_from_the_checkpoint_once(study: Study, tmp_path: Path) -> None:
-    outcome = pretrain(tmp_path / "dense", "layout=dense", "layout.block_size=16", "train.steps=3", cwd=tmp_path)
-    assert outcome.status == 0, outcome.err
+    pretrain(tmp_path / "dense", "layout=dense", "layout.block_size=16", "train.steps=3", cwd=tmp_path).succeeded()
     weights = weights_fingerprint(find_checkpoint(tmp_path / "dense"))
     content = study.frontier | {"checkpoint": str(tmp_path / "dense"), "settings": {}, "finished": True}
     content["weights"] = weights
     (tmp_path / "frontier.json").write_text(json.dumps(content))
     words = ["frontier.json", "out, a=1", "--densities", "0.25", "--layouts", "squared", "--steps", "2"]
     words += ["evaluation.batches=1", "--minutes", "3"]
-    outcome = run("continue_layouts.py", *words, processes=0, cwd=tmp_path)
-    assert outcome.status == 0, outcome.err
+    run("continue_layouts.py", *words, processes=0, cwd=tmp_path).succeeded()
     results = json.loads((tmp_path / "out, a=1" / "continued.json").read_text())
     assert [row["file"] for row in results["rows"]] == ["dense.yaml", "squared-0.25.yaml"]
     dense, sparse = results["rows"]
     assert dense["losses"] != sparse["losses"]
     last_lr = metrics(tmp_path / "dense")[-1]["lr"]
     assert dense["lr"] == sparse["lr"] <= last_lr
-    again = run("continue_layouts.py", *words, processes=0, cwd=tmp_path)
-    assert again.status == 0, again.err
+    again = run("continue_layouts.py", *words, processes=0, cwd=tmp_path).succeeded()
     assert "pretrain.py" not in again.out
     assert json.loads((tmp_path / "out, a=1" / "continued.json").read_text()) == results
     longer = run("continue_layouts.py", *words[:-4], "3", *words[-3:], processes=0, cwd=tmp_path)

@@ -36,8 +36,7 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 def test_measures_what_is_missing_and_saves_nothing_else(tmp_path: Path) -> None:
     output = tmp_path / "long.json"  # or without the suffix
     arguments = [str(output), "--lengths", "256", *SMALL, f"run_dir={tmp_path / 'run'}"]
-    done = run("long_steps.py", *arguments, processes=0)
-    assert done.status == 0, done.err
+    run("long_steps.py", *arguments, processes=0).succeeded()
     content = json.loads((tmp_path / "long.json").read_text())
     assert [(row["way"], row["seq_length"], row["layers"]) for row in content["rows"]] == [
         ("hybrid DSSS", 256, 4),
@@ -54,8 +53,7 @@ def test_measures_what_is_missing_and_saves_nothing_else(tmp_path: Path) -> None
 
     content["rows"] = content["rows"][:1]
     (tmp_path / "long.json").write_text(json.dumps(content))
-    again = run("long_steps.py", *arguments, processes=0)
-    assert again.status == 0, again.err
+    again = run("long_steps.py", *arguments, processes=0).succeeded()
     assert "hybrid DSSS, 256 tokens" not in again.out
     assert "measured: dense, 256 tokens" in again.out
     now = json.loads((tmp_path / "long.json").read_text())

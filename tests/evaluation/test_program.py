@@ -22,8 +22,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluate") / "run"
     settings = ["train.steps=30", "optim.lr=1e-2", "train.precision=fp32", "tracking.log_interval=30"]
     settings += ["train.global_batch_size=4"]
-    done = pretrain(folder, *settings, processes=0)
-    assert done.status == 0, done.err
+    pretrain(folder, *settings, processes=0).succeeded()
     return folder
 
 
@@ -48,8 +47,7 @@ def alone(
 ) -> tuple[Outcome, dict[str, Any]]:
     """What one process prints and writes."""
     output = tmp_path_factory.mktemp("alone") / "evaluation.json"
-    done = evaluate(checkpoint, output, f"text=[{texts[0]},{texts[1]}]", *SLIDING)
-    assert done.status == 0, done.err
+    done = evaluate(checkpoint, output, f"text=[{texts[0]},{texts[1]}]", *SLIDING).succeeded()
     return done, json.loads(output.read_text())
 
 
@@ -80,8 +78,7 @@ def test_two_processes_measure_the_same(
     arguments: list[str],
 ) -> None:
     given = [f"text=[{texts[0]},{texts[1]}]", *SLIDING, *arguments]
-    done = evaluate(checkpoint, tmp_path / "out.json", *given, processes=2)
-    assert done.status == 0, done.err
+    evaluate(checkpoint, tmp_path / "out.json", *given, processes=2).succeeded()
     for found, expected in zip(
         json.loads((tmp_path / "out.json").read_text())["texts"], alone[1]["texts"], strict=True
     ):
@@ -99,7 +96,7 @@ def test_bad_input_is_rejected_with_one_line(checkpoint: Path, tmp_path: Path) -
 
 def test_losses_are_of_the_attention_that_was_trained(tmp_path: Path, texts: tuple[Path, Path]) -> None:
     """HyperAttention's cache is read exactly: as if the layers were dense."""
-    done = pretrain(
+    pretrain(
         tmp_path / "hyper",
         "layout=hyper_b16",
         "layout.layers=H",
@@ -107,16 +104,14 @@ def test_losses_are_of_the_attention_that_was_trained(tmp_path: Path, texts: tup
         "train.precision=fp32",
         "optim.lr=1e-2",
         processes=0,
-    )
-    assert done.status == 0, done.err
+    ).succeeded()
     shutil.copytree(tmp_path / "hyper", tmp_path / "dense")
     for path in (tmp_path / "dense").rglob("config.yaml"):
         path.write_text(path.read_text().replace("layers: H\n", "layers: D\n"))
     losses = []
     for name in ("hyper", "dense"):
         output = tmp_path / f"{name}.json"
-        done = evaluate(tmp_path / name, output, f"text={texts[0]}", "length=128")
-        assert done.status == 0, done.err
+        evaluate(tmp_path / name, output, f"text={texts[0]}", "length=128").succeeded()
         losses.append(json.loads(output.read_text())["texts"][0]["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=0.2)
     assert losses[0] != pytest.approx(losses[1], rel=1e-6), losses

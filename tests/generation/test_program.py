@@ -19,8 +19,7 @@ SAMPLED = ["max_tokens=24", "temperature=1.5", "top_k=80", "top_p=0.99", "seed=3
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run folder of a model that has learnt next to nothing."""
     folder = tmp_path_factory.mktemp("generate") / "run"
-    done = pretrain(folder, "train.steps=3", "optim.warmup_steps=1", "train.precision=fp32", processes=0)
-    assert done.status == 0, done.err
+    pretrain(folder, "train.steps=3", "optim.warmup_steps=1", "train.precision=fp32", processes=0).succeeded()
     return folder
 
 
@@ -41,8 +40,7 @@ def as_printed(text: str) -> str:
 def sampled(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcome, dict[str, Any]]:
     """What one process prints and writes."""
     output = tmp_path_factory.mktemp("sampled") / "texts.json"
-    done = generate(checkpoint, PROMPTS, *SAMPLED, f"output={output}")
-    assert done.status == 0, done.err
+    done = generate(checkpoint, PROMPTS, *SAMPLED, f"output={output}").succeeded()
     return done, written(output)
 
 
@@ -72,8 +70,7 @@ def test_tensor_parallel_ranks_give_the_same_texts(
     checkpoint: Path, sampled: tuple[Outcome, dict[str, Any]], tmp_path: Path
 ) -> None:
     output = tmp_path / "texts.json"
-    done = generate(checkpoint, PROMPTS, *SAMPLED, f"output={output}", "tp=2", processes=2)
-    assert done.status == 0, done.err
+    done = generate(checkpoint, PROMPTS, *SAMPLED, f"output={output}", "tp=2", processes=2).succeeded()
     assert done.out == sampled[0].out  # rank 0 alone prints
     assert written(output)["texts"] == sampled[1]["texts"]
 
@@ -82,8 +79,9 @@ def test_a_prompt_in_a_file_is_continued_alone_as_beside_others(
     checkpoint: Path, sampled: tuple[Outcome, dict[str, Any]], tmp_path: Path
 ) -> None:
     (tmp_path / "prompt.txt").write_text("Alice was beginning\n")
-    done = generate(checkpoint, f"prompt=file:{tmp_path / 'prompt.txt'}", *SAMPLED, "batch_size=1", "stream=false")
-    assert done.status == 0, done.err
+    done = generate(
+        checkpoint, f"prompt=file:{tmp_path / 'prompt.txt'}", *SAMPLED, "batch_size=1", "stream=false"
+    ).succeeded()
     assert done.out == as_printed(f"{sampled[1]['texts'][0]['text']}\n")  # without a title
 
 

@@ -37,19 +37,17 @@ def test_the_shipped_model_is_the_one_that_the_demo_trains() -> None:
 
 @pytest.mark.slow
 def test_the_shipped_model_retrieves_needles(tmp_path: Path) -> None:
-    imported = run(
+    run(
         "import.py",
         f"weights={MODEL}",
         f"output={tmp_path}/run",
         f"conf={tmp_path}/conf",
         "precision=fp32",
         processes=0,
-    )
-    assert imported.status == 0, imported.err
-    evaluated = run(
+    ).succeeded()
+    run(
         "needle.py", f"checkpoint={tmp_path}/run", "lengths=[256]", "depths=[0,0.5,1]", "trials=8", "batch_size=24"
-    )
-    assert evaluated.status == 0, evaluated.err
+    ).succeeded()
     results = load_results(tmp_path / "run/needle/needle.json")
     assert results is not None
     assert results.score is not None

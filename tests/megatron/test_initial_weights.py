@@ -20,8 +20,7 @@ DIVISIONS = {
 
 def first_step(folder: Path, *settings: str, processes: int = 1) -> tuple[float, float]:
     """Loss and gradient norm before any update."""
-    done = pretrain(folder, *settings, "train.steps=3", "train.exit_step=1", UNSAVED, processes=processes)
-    assert done.status == 0, done.err
+    pretrain(folder, *settings, "train.steps=3", "train.exit_step=1", UNSAVED, processes=processes).succeeded()
     (record,) = metrics(folder)
     return record["loss"], record["grad_norm"]
 

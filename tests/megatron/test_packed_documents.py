@@ -78,8 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = ["".join(random.choices("ab c", k=random.randint(1, 90))) + "x" for _ in range(400)]
     (folder / "mine.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     prepare(PrepareConfig(input=str(folder / "mine.jsonl"), output=str(folder / "mine")))
-    done = pretrain(folder / "alone", *WITHIN, "checkpoint.interval=1", processes=0, cwd=folder)
-    assert done.status == 0, done.err
+    pretrain(folder / "alone", *WITHIN, "checkpoint.interval=1", processes=0, cwd=folder).succeeded()
     return folder
 
 
@@ -108,8 +107,7 @@ def trace(run_dir: Path) -> list[float]:
 def test_trains_as_one_process_does(folder: Path, processes: int, arguments: list[str], tmp_path: Path) -> None:
     # the first step's weights: drawn otherwise under another division
     start = f"checkpoint.resume={folder / 'alone' / 'checkpoints' / 'iter_0000001'}"
-    done = pretrain(tmp_path, *WITHIN, *arguments, start, UNSAVED, processes=processes, cwd=folder)
-    assert done.status == 0, done.err
+    pretrain(tmp_path, *WITHIN, *arguments, start, UNSAVED, processes=processes, cwd=folder).succeeded()
     expected = trace(folder / "alone")[2:]
     assert len(expected) == 4
     assert trace(tmp_path) == pytest.approx(expected, rel=1e-5)

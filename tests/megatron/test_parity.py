@@ -64,8 +64,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders = {}
     for optimizer in ("distributed", "plain"):
         folders[optimizer] = tmp_path_factory.mktemp(optimizer)
-        done = pretrain(folders[optimizer], *settings(optimizer), "checkpoint.interval=1")
-        assert done.status == 0, done.err
+        pretrain(folders[optimizer], *settings(optimizer), "checkpoint.interval=1").succeeded()
     return folders
 
 
@@ -78,8 +77,7 @@ def test_trains_as_one_process_does(references: dict[str, Path], optimizer: str,
     processes, arguments = VARIANTS[variant]
     start = references[optimizer] / "checkpoints" / "iter_0000001"
     resumed = [*settings(optimizer), UNSAVED, f"checkpoint.resume={start}"]
-    done = pretrain(tmp_path, *resumed, *arguments, processes=processes)
-    assert done.status == 0, done.err
+    pretrain(tmp_path, *resumed, *arguments, processes=processes).succeeded()
     found, expected = trace(tmp_path), trace(references[optimizer])
     assert len(found) == len(expected) == STEPS
     for (loss, norm), (expected_loss, expected_norm) in zip(found, expected, strict=True):
@@ -93,8 +91,7 @@ def test_balanced_heads_train_as_on_one_process(tp: int, tmp_path: Path) -> None
     own = [f"train.steps={STEPS}", "optim.warmup_steps=1", "checkpoint.save=false"]
     own += ["schedule.placement=balanced", "schedule.dense_heads=1"]
     for processes in (1, tp):
-        done = pretrain(tmp_path / str(processes), *own, f"parallel.tp={processes}", processes=processes)
-        assert done.status == 0, done.err
+        pretrain(tmp_path / str(processes), *own, f"parallel.tp={processes}", processes=processes).succeeded()
     for found, expected in zip(trace(tmp_path / str(tp)), trace(tmp_path / "1"), strict=True):
         assert found == pytest.approx(expected, rel=TOLERANCE)
 
@@ -106,8 +103,7 @@ def test_ranks_that_share_kv_heads_train_as_one_process_does_which_then_resumes(
     start = f"checkpoint.resume={references['distributed'] / 'checkpoints' / 'iter_0000001'}"
     shared = ["parallel.tp=4", "parallel.sequence_parallel=true", start, "train.exit_step=2"]
     for arguments, processes in ((shared, 4), ([], 1)):
-        done = pretrain(tmp_path, *settings("distributed"), *arguments, processes=processes)
-        assert done.status == 0, done.err
+        pretrain(tmp_path, *settings("distributed"), *arguments, processes=processes).succeeded()
     found = [value for pair in trace(tmp_path) for value in pair]
     assert len(found) == 2 * STEPS
     assert found == pytest.approx([v for pair in trace(references["distributed"]) for v in pair], rel=TOLERANCE)
@@ -118,12 +114,10 @@ def test_auto_exchange_is_recorded_and_trains_as_the_exchange_that_it_chooses(
 ) -> None:
     start = references["distributed"] / "checkpoints" / "iter_0000001"
     arguments = [*settings("distributed"), "parallel.cp=2", UNSAVED, f"checkpoint.resume={start}"]
-    auto = pretrain(tmp_path / "auto", *arguments, "parallel.cp_exchange=auto", processes=2)
-    assert auto.status == 0, auto.err
+    auto = pretrain(tmp_path / "auto", *arguments, "parallel.cp_exchange=auto", processes=2).succeeded()
     records = [json.loads(line) for line in (tmp_path / "auto" / "metrics.jsonl").read_text().splitlines()]
     (chosen,) = next(record["layers"] for record in records if record.get("event") == "cp exchange")
     assert chosen["is_chosen"]
     assert f"S: {chosen['mode']}; blocks are {chosen['share']:.1%} of a gather's bytes" in auto.out
-    named = pretrain(tmp_path / "named", *arguments, f"parallel.cp_exchange={chosen['mode']}", processes=2)
-    assert named.status == 0, named.err
+    pretrain(tmp_path / "named", *arguments, f"parallel.cp_exchange={chosen['mode']}", processes=2).succeeded()
     assert trace(tmp_path / "auto") == trace(tmp_path / "named")

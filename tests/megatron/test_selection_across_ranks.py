@@ -26,8 +26,7 @@ def values(run_dir: Path) -> list[Any]:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     folder = tmp_path_factory.mktemp("alone")
-    done = pretrain(folder, *SETTINGS)
-    assert done.status == 0, done.err[-3000:]
+    pretrain(folder, *SETTINGS).succeeded()
     return values(folder)
 
 
@@ -44,8 +43,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 def test_context_parallel_ranks_train_alike(
     alone: list[Any], processes: int, division: list[str], tmp_path: Path
 ) -> None:
-    done = pretrain(tmp_path, *SETTINGS, *division, processes=processes)
-    assert done.status == 0, done.err[-3000:]
+    pretrain(tmp_path, *SETTINGS, *division, processes=processes).succeeded()
     found = values(tmp_path)
     assert len(found) == 3
     for now, expected in zip(found, alone, strict=True):
@@ -55,8 +53,7 @@ def test_context_parallel_ranks_train_alike(
 
 @pytest.mark.slow
 def test_bfloat16_differs_by_rounding_alone(alone: list[Any], tmp_path: Path) -> None:
-    done = pretrain(tmp_path, *SETTINGS, "parallel.cp=2", "train.precision=bf16", processes=2)
-    assert done.status == 0, done.err[-3000:]
+    pretrain(tmp_path, *SETTINGS, "parallel.cp=2", "train.precision=bf16", processes=2).succeeded()
     for now, expected in zip(values(tmp_path), alone, strict=True):
         for name, one, other in zip(NAMES, now, expected, strict=True):
             if name in ("loss", "grad_norm", "block_selection_recall_by_layer"):

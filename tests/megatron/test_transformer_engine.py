@@ -44,8 +44,7 @@ def run_of(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     @functools.cache
     def made(kind: str, optimizer: str) -> Path:
         folder = tmp_path_factory.mktemp(kind)
-        done = train(kind, folder, *OPTIMIZERS[optimizer], "checkpoint.interval=2")
-        assert done.status == 0, done.err
+        done = train(kind, folder, *OPTIMIZERS[optimizer], "checkpoint.interval=2").succeeded()
         assert f"layers {'te' if kind == 'fake' else 'local'} " in done.out
         adam = "tests.megatron.fake_transformer_engine.FusedAdam" if kind == "fake" else "torch.optim.adamw.AdamW"
         assert f"| optimizer adam: {adam} |" in done.out
@@ -69,8 +68,7 @@ def test_a_checkpoint_of_one_backend_goes_on_in_another(
     run_of: Runs, before: str, after: str, optimizer: str, tmp_path: Path
 ) -> None:
     start = run_of(before, optimizer) / "checkpoints" / "iter_0000002"
-    done = train(after, tmp_path, *OPTIMIZERS[optimizer], UNSAVED, f"checkpoint.resume={start}")
-    assert done.status == 0, done.err
+    train(after, tmp_path, *OPTIMIZERS[optimizer], UNSAVED, f"checkpoint.resume={start}").succeeded()
     assert losses(tmp_path) == pytest.approx(losses(run_of(before, optimizer))[2:], rel=TOLERANCE)
 
 
@@ -79,29 +77,25 @@ def test_both_backends_train_alike(run_of: Runs) -> None:
 
 
 def test_recomputing_the_mlp_changes_no_loss(run_of: Runs, tmp_path: Path) -> None:
-    done = train("fake", tmp_path, "train.recompute=mlp", UNSAVED)
-    assert done.status == 0, done.err
+    train("fake", tmp_path, "train.recompute=mlp", UNSAVED).succeeded()
     assert losses(tmp_path) == pytest.approx(losses(run_of("fake", "distributed")), rel=TOLERANCE)
 
 
 def test_block_selection_trains_alike_on_both_backends(tmp_path: Path) -> None:
     selection = ["layout.layers=DE", "+layout.kinds.E={kind:block_selection,scorer:index,top_k:1,warm_up_steps:2}"]
     for kind in ("fake", "none"):
-        done = train(kind, tmp_path / kind, UNSAVED, *selection)
-        assert done.status == 0, done.err
+        train(kind, tmp_path / kind, UNSAVED, *selection).succeeded()
     assert losses(tmp_path / "fake") == pytest.approx(losses(tmp_path / "none"), rel=TOLERANCE)
 
 
 @pytest.mark.slow
 def test_a_dense_teacher_teaches_alike_on_both_backends(tmp_path: Path) -> None:
-    done = train("none", tmp_path / "dense", "layout.layers=D")
-    assert done.status == 0, done.err
+    train("none", tmp_path / "dense", "layout.layers=D").succeeded()
     own = f"scorer:index,top_k:1,warm_up_steps:2,teacher:{tmp_path / 'dense'}"
     for kind in ("fake", "none"):
-        done = train(
+        train(
             kind, tmp_path / kind, UNSAVED, "layout.layers=DE", f"+layout.kinds.E={{kind:block_selection,{own}}}"
-        )
-        assert done.status == 0, done.err
+        ).succeeded()
     for column in ("loss", "block_selection_kl", "block_selection_recall"):
         found, expected = ([record[column] for record in metrics(tmp_path / kind)] for kind in ("fake", "none"))
         assert found == pytest.approx(expected, rel=TOLERANCE, abs=1e-8), column

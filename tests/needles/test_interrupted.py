@@ -21,8 +21,7 @@ def cells(output: Path) -> list[dict[str, Any]]:
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run folder of an untrained model."""
     folder = tmp_path_factory.mktemp("run")
-    done = pretrain(folder, "train.steps=3", "data.path=mock", f"data.cache={folder / 'cache'}", processes=0)
-    assert done.status == 0, done.err
+    pretrain(folder, "train.steps=3", "data.path=mock", f"data.cache={folder / 'cache'}", processes=0).succeeded()
     return folder
 
 
@@ -51,8 +50,7 @@ def test_the_same_command_resumes_from_the_finished_cells(
     content = json.loads((interrupted[0] / "needle.json").read_text())
     content["cells"][0]["token_accuracy"] = 2.0  # would be lost if it were evaluated again
     (tmp_path / "needle.json").write_text(json.dumps(content))
-    done = run("needle.py", f"checkpoint={checkpoint}", f"output={tmp_path}", *GRID, processes=0)
-    assert done.status == 0, done.err
+    done = run("needle.py", f"checkpoint={checkpoint}", f"output={tmp_path}", *GRID, processes=0).succeeded()
     first, *others = cells(tmp_path)
     assert first["token_accuracy"] == 2.0
     assert [(cell["length"], cell["depth"], cell["trials"]) for cell in others] == [

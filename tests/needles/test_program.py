@@ -25,8 +25,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = ["train.steps=60", "optim.lr=1e-2", "train.precision=fp32", "tracking.log_interval=20"]
     settings += ["train.global_batch_size=4", "train.micro_batch_size=4"]
     cache = f"data.cache={folder / 'cache'}"
-    done = pretrain(folder / "run", *settings, f"data.path={folder / 'numbers'}", cache, processes=0)
-    assert done.status == 0, done.err
+    pretrain(folder / "run", *settings, f"data.path={folder / 'numbers'}", cache, processes=0).succeeded()
     return folder / "run"
 
 
@@ -43,8 +42,7 @@ def results(output: Path) -> dict[str, Any]:
 def alone(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Output of one process."""
     output = tmp_path_factory.mktemp("alone")
-    done = needle(checkpoint, output, processes=0)
-    assert done.status == 0, done.err
+    needle(checkpoint, output, processes=0).succeeded()
     return output
 
 
@@ -67,8 +65,7 @@ def test_results_record_the_command_line(checkpoint: Path, alone: Path) -> None:
 def test_two_processes_give_the_same_results(
     checkpoint: Path, alone: Path, tmp_path: Path, arguments: list[str]
 ) -> None:
-    done = needle(checkpoint, tmp_path, *arguments, processes=2)
-    assert done.status == 0, done.err
+    needle(checkpoint, tmp_path, *arguments, processes=2).succeeded()
     found, expected = ([cell | {"seconds": None} for cell in results(folder)["cells"]] for folder in (tmp_path, alone))
     assert found == expected
 
@@ -77,8 +74,7 @@ def test_a_rerun_keeps_the_cells(checkpoint: Path, alone: Path, tmp_path: Path) 
     content = results(alone)
     content["cells"][0]["correct"] = 5  # would be lost if it were evaluated again
     (tmp_path / "needle.json").write_text(json.dumps(content))
-    done = needle(checkpoint, tmp_path, processes=0)
-    assert done.status == 0, done.err
+    done = needle(checkpoint, tmp_path, processes=0).succeeded()
     kept = ("length", "depth", "correct", "token_accuracy", "character_accuracy", "reach")
     found, expected = ([[cell[name] for name in kept] for cell in r["cells"]] for r in (results(tmp_path), content))
     assert found == expected

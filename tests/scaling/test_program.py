@@ -25,8 +25,7 @@ TINY = [
 
 def measure(folder: Path, *options: str, timeout: int = 600) -> dict[str, Any]:
     """The parts of the results."""
-    done = run("scaling.py", "results", *options, *TINY, processes=0, cwd=folder, timeout=timeout)
-    assert done.status == 0, done.err
+    run("scaling.py", "results", *options, *TINY, processes=0, cwd=folder, timeout=timeout).succeeded()
     parts: dict[str, Any] = json.loads((folder / "results.json").read_text())["parts"]
     return parts
 

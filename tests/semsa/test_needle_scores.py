@@ -114,16 +114,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     folder = tmp_path_factory.mktemp("needles")
     weights = ROOT / "launch" / "results" / "demo" / "model"
-    done = run("import.py", f"weights={weights}", f"output={folder / 'run'}", "precision=fp32", f"conf={folder / 'c'}")
-    assert done.status == 0, done.err
+    run(
+        "import.py", f"weights={weights}", f"output={folder / 'run'}", "precision=fp32", f"conf={folder / 'c'}"
+    ).succeeded()
     set_layout(folder / "run", {"layers": "DDDD"})
     documents = NeedleDocumentsConfig(documents=64, length=256)
     prepare(PrepareConfig("needles", str(folder / "text"), tokenizer=str(TOKENIZER), needles=documents))
-    done = run(
-        "profile_attention.py", *inputs(folder), f"output={folder / 'profile.npz'}", "seq_length=256", "samples=1",
-        "block_size=16", "library.spans=[[2,0]]", "library.stripes=[]",
-    )  # fmt: skip
-    assert done.status == 0, done.err
+    run(
+        "profile_attention.py",
+        *inputs(folder),
+        f"output={folder / 'profile.npz'}",
+        "seq_length=256",
+        "samples=1",
+        "block_size=16",
+        "library.spans=[[2,0]]",
+        "library.stripes=[]",
+    )  # fmt: skip.succeeded()
     return folder
 
 
@@ -146,8 +152,7 @@ DENSITIES = "densities=[0.3,1.0]"
 def frontier(folder: Path, name: str, *changed: str, processes: int = 1) -> dict[str, Any]:
     arguments = [*inputs(folder), f"profile={folder / 'profile.npz'}", f"output={folder / name}.json", "samples=2"]
     arguments += [DENSITIES, "draws=0", *(f"needles.{setting}" for setting in NEEDLES), *changed]
-    outcome = run("layout_frontier.py", *arguments, processes=processes, pictures=name == "alone")
-    assert outcome.status == 0, outcome.err
+    run("layout_frontier.py", *arguments, processes=processes, pictures=name == "alone").succeeded()
     return json.loads((folder / f"{name}.json").read_text())
 
 
@@ -166,8 +171,9 @@ def test_a_layout_scores_what_the_needle_program_decodes_under_it(
     shutil.copytree(folder / "run", run_folder)
     set_layout(run_folder, yaml.safe_load((folder / "layouts" / f"{name}.yaml").read_text()))
     output = f"output={folder / name}"
-    done = run("needle.py", f"checkpoint={run_folder}", f"tokenizer={TOKENIZER}", output, "extra_tokens=0", *NEEDLES)
-    assert done.status == 0, done.err
+    run(
+        "needle.py", f"checkpoint={run_folder}", f"tokenizer={TOKENIZER}", output, "extra_tokens=0", *NEEDLES
+    ).succeeded()
     decoded = json.loads((folder / name / "needle.json").read_text())["cells"]
     (row,) = [row for row in alone["rows"] if row["file"] == f"{name}.yaml"]
     names = ("length", "depth", "correct", "trials")

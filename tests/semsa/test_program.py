@@ -23,16 +23,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense checkpoint of two steps, and a sparse one."""
     folder = tmp_path_factory.mktemp("semsa")
     for name, layout in (("dense", "dense"), ("sparse", "s2_b16_l2_v4")):
-        outcome = run("pretrain.py", *SMALL, f"layout={layout}", *SETTINGS, f"run_dir={folder / name}", cwd=folder)
-        assert outcome.status == 0, outcome.err
+        run("pretrain.py", *SMALL, f"layout={layout}", *SETTINGS, f"run_dir={folder / name}", cwd=folder).succeeded()
     return folder
 
 
 def profiled(folder: Path, name: str, *changed: str, processes: int = 1) -> tuple[Profile, Outcome]:
     output = folder / f"{name}.npz"
     arguments = [f"checkpoint={folder / 'dense'}", f"output={output}", *PROFILE, *changed]
-    outcome = run("profile_attention.py", *arguments, processes=processes, cwd=folder)
-    assert outcome.status == 0, outcome.err
+    outcome = run("profile_attention.py", *arguments, processes=processes, cwd=folder).succeeded()
     return load_profile(output), outcome
 
 
@@ -162,8 +160,7 @@ def test_the_frontier_keeps_budgets_and_changes_nothing_where_everything_is_kept
     output, names = folder / "frontier.json", ("squared", "mass", "window")
     arguments = [f"checkpoint={folder / 'dense'}", f"profile={of_one_sample}", f"output={output}"]
     arguments += ["samples=1", "densities=[0.7,1.0]", "draws=1"]
-    outcome = run("layout_frontier.py", *arguments, cwd=folder, pictures=True)
-    assert outcome.status == 0, outcome.err
+    run("layout_frontier.py", *arguments, cwd=folder, pictures=True).succeeded()
     content = json.loads(output.read_text())
     rows = content["rows"]
     assert all(row["density"] <= row["budget"] for row in rows)
@@ -185,8 +182,7 @@ def test_an_interrupted_frontier_resumes_and_measures_the_rest_alike(folder: Pat
     assert run("layout_frontier.py", *arguments, cwd=folder).status == 0
     whole = json.loads(output.read_text())
     output.write_text(json.dumps(whole | {"rows": whole["rows"][:3], "finished": False}))
-    outcome = run("layout_frontier.py", *arguments, cwd=folder)
-    assert outcome.status == 0, outcome.err
+    outcome = run("layout_frontier.py", *arguments, cwd=folder).succeeded()
     assert "3 layouts are measured" in outcome.out
     rest = json.loads(output.read_text())
     assert rest["finished"]

@@ -51,8 +51,7 @@ def test_a_failing_job_stops_no_other_and_the_same_sweep_again_runs_only_that(tm
         shutil.copy(ROOT / f"{BUNDLED_PREFIX}{suffix}", f"{data}{suffix}")
     untouched = tmp_path / "mine" / rows[1]["folder"] / "metrics.jsonl"
     before = untouched.stat().st_mtime_ns
-    second = sweep(tmp_path / "mine", *arguments)
-    assert second.status == 0, second.err
+    second = sweep(tmp_path / "mine", *arguments).succeeded()
     assert "2 jobs, 1 already finished, 1 to run" in second.out
     assert untouched.stat().st_mtime_ns == before
     again = list(csv.DictReader((tmp_path / "mine" / "sweep.csv").open()))
@@ -82,8 +81,7 @@ def test_an_interrupted_sweep_stops_its_ranks_and_resumes_from_their_checkpoint(
     assert b"the same command resumes" in printed
     assert not any(is_alive(member.pid) for member in family)
 
-    again = run("pretrain.py", "-m", *settings, processes=0)
-    assert again.status == 0, again.err
+    run("pretrain.py", "-m", *settings, processes=0).succeeded()
     (first,) = folder.glob("job-*")
     assert '"event": "resume"' in (first / "metrics.jsonl").read_text()
     assert metrics(first)[-1]["step"] == 20
@@ -113,8 +111,7 @@ def test_a_queued_slurm_job_is_not_submitted_again(tmp_path: Path, monkeypatch: 
     fake(tools, "squeue", '[[ "$*" == *41* ]] && echo PENDING')
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
     for expected in (2, 3):  # job 41 stays in the queue, job 42 is gone
-        outcome = sweep(tmp_path / "mine", "hydra/launcher=s2train_slurm", "seed=1,2")
-        assert outcome.status == 0, outcome.err
+        outcome = sweep(tmp_path / "mine", "hydra/launcher=s2train_slurm", "seed=1,2").succeeded()
         assert len(calls.read_text().splitlines()) == expected
     assert all("job.sbatch" in line for line in calls.read_text().splitlines())
     assert outcome.out.count("│ submitted │") == 2
@@ -146,8 +143,7 @@ def test_a_sweeper_that_waits_for_slurm_gets_its_losses(tmp_path: Path, monkeypa
     fake(tools, "sbatch", f'sed "s#{sys.executable}#{python}#" "${{@: -1}}" | bash > /dev/null 2>&1; echo 41')
     fake(tools, "squeue", "exit 1")
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
-    outcome = sweep(tmp_path / "mine", "hydra/launcher=s2train_slurm", "hydra.launcher.wait=true", "seed=1")
-    assert outcome.status == 0, outcome.err
+    sweep(tmp_path / "mine", "hydra/launcher=s2train_slurm", "hydra.launcher.wait=true", "seed=1").succeeded()
     (row,) = csv.DictReader((tmp_path / "mine" / "sweep.csv").open())
     assert row["status"] == "finished"
     assert float(row["loss"]) > 0
@@ -160,8 +156,7 @@ def test_the_guides_search_runs_as_printed_and_prints_the_best_parameters(tmp_pa
     words = shlex.split(printed, comments=True)
     search = words[words.index("+model=tiny_hybrid") + 1 :]
     short = ["hydra.sweeper.n_trials=4", "+hydra.sweeper.sampler.seed=1", "hydra.launcher.n_jobs=2"]
-    outcome = sweep(tmp_path / "mine", *search, *short)
-    assert outcome.status == 0, outcome.err
+    outcome = sweep(tmp_path / "mine", *search, *short).succeeded()
     rows = list(csv.DictReader((tmp_path / "mine" / "sweep.csv").open()))
     assert [row["status"] for row in rows] == ["finished"] * 4
     best = min(rows, key=lambda row: float(row["held_out_loss"] or row["loss"]))
@@ -177,6 +172,5 @@ def test_a_sweep_s_folder_is_named_after_its_model_unless_it_has_several(
     assert default.startswith("runs/sweeps/")
     moved = default.replace("runs", str(tmp_path), 1)
     settings = [f"+model={models}", "seed=1,2", "plan=true", f"hydra.sweep.dir={moved}"]
-    outcome = run("pretrain.py", "-m", *settings, processes=0)
-    assert outcome.status == 0, outcome.err
+    run("pretrain.py", "-m", *settings, processes=0).succeeded()
     assert (tmp_path / "sweeps" / folder / "sweep.csv").is_file()

@@ -84,11 +84,9 @@ def reports(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.slow
 def test_a_run_that_stops_within_its_ramp_up_resumes_bit_for_bit(tmp_path: Path) -> None:
     own = [*RAMP, "train.micro_batch_size=2", "train.steps=6", "optim.warmup_steps=1"]
-    whole = pretrain(tmp_path / "whole", *own, UNSAVED, processes=0)
-    assert whole.status == 0, whole.err
+    pretrain(tmp_path / "whole", *own, UNSAVED, processes=0).succeeded()
     for stop in (["train.exit_step=3"], []):
-        done = pretrain(tmp_path / "parts", *own, *stop, processes=0)
-        assert done.status == 0, done.err
+        done = pretrain(tmp_path / "parts", *own, *stop, processes=0).succeeded()
     assert reports(tmp_path / "parts") == reports(tmp_path / "whole")
     consumed = [record["consumed_tokens"] // 128 for record in reports(tmp_path / "whole")]
     assert consumed == [2, 4, 8, 14, 22, 30]

@@ -80,8 +80,7 @@ def test_a_run_killed_at_random_moments_ends_like_an_uninterrupted_one(
     ]
     done = launch(*program, *settings)
     assert done.status == 0, (seed, done.out, done.err)
-    whole = pretrain(tmp_path / "whole", *settings, processes=2)
-    assert whole.status == 0, whole.err
+    pretrain(tmp_path / "whole", *settings, processes=2).succeeded()
     assert trace(tmp_path / "killed") == trace(tmp_path / "whole"), seed  # bit for bit
     kept = [read_progress(path).step for path in checkpoints_in(tmp_path / "killed" / "checkpoints")]
     assert kept == [third, 2 * third, 3 * third - 1, 3 * third]
@@ -96,8 +95,7 @@ def test_a_run_killed_at_random_moments_ends_like_an_uninterrupted_one(
 def test_a_rank_that_dies_is_named_and_the_job_restarts_from_its_last_checkpoint(
     rank: int, launcher: str, tmp_path: Path
 ) -> None:
-    done = planted(f"die:{rank}:4", tmp_path, STEPS, EVERY_STEP, launcher=launcher, restarts=2)
-    assert done.status == 0, done.err
+    done = planted(f"die:{rank}:4", tmp_path, STEPS, EVERY_STEP, launcher=launcher, restarts=2).succeeded()
     assert f"(exitcode: -9) local_rank: {rank}" in done.err
     assert f"resuming from {tmp_path}/checkpoints/iter_0000003" in done.out
     assert [record["step"] for record in trace(tmp_path)] == [1, 2, 3, 4, 5, 6]
@@ -130,8 +128,7 @@ def test_a_rank_that_makes_no_progress_is_named_on_rank_0_and_the_job_aborted(
 
 
 def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_any(tmp_path: Path) -> None:
-    done = planted("nan:1:4", tmp_path, STEPS)
-    assert done.status == 0, done.err
+    done = planted("nan:1:4", tmp_path, STEPS).succeeded()
     for rank in (0, 1):
         assert f"rank {rank} step 4: state unchanged" in done.out
     (event,) = [r for r in read_records(tmp_path / "metrics.jsonl") if r.get("event") == "skipped"]
@@ -163,8 +160,7 @@ def test_a_full_disk_is_reported_in_one_line_and_older_checkpoints_stay(in_backg
 
 
 def test_the_only_checkpoint_outlives_a_power_loss(tmp_path: Path) -> None:
-    done = planted("power_loss:0:6", tmp_path, STEPS, EVERY_STEP, "checkpoint.keep=1")
-    assert done.status == 0, done.err
+    planted("power_loss:0:6", tmp_path, STEPS, EVERY_STEP, "checkpoint.keep=1").succeeded()
     (checkpoint,) = checkpoints_in(tmp_path / "checkpoints")
     assert [path.name for path in checkpoint.iterdir() if not path.stat().st_size] == []
     assert damage(checkpoint) is None
@@ -174,8 +170,7 @@ def test_a_run_saved_with_little_memory_resumes_like_an_uninterrupted_one(tmp_pa
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     start = f"checkpoint.resume={whole / 'checkpoints' / 'iter_0000003'}"
     for folder, more in ((whole, "checkpoint.interval=3"), (resumed, start)):
-        done = planted("short_of_memory:1:0", folder, STEPS, more)
-        assert done.status == 0, done.err
+        planted("short_of_memory:1:0", folder, STEPS, more).succeeded()
     assert trace(resumed) == trace(whole)[3:]
 
 

@@ -63,8 +63,7 @@ def test_ranges_without_a_token_have_no_loss() -> None:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on one process with held-out losses and a checkpoint after the first step."""
     folder = tmp_path_factory.mktemp("positions")
-    done = pretrain(folder, *SETTINGS, "checkpoint.interval=1")
-    assert done.status == 0, done.err
+    pretrain(folder, *SETTINGS, "checkpoint.interval=1").succeeded()
     return folder
 
 
@@ -80,8 +79,7 @@ SETTINGS = [
 @pytest.mark.slow
 def test_a_run_reports_the_losses_of_a_direct_computation(alone: Path, tmp_path: Path) -> None:
     arguments = [str(alone / "checkpoints" / "iter_0000002"), str(tmp_path / "losses.pt")]
-    done = run("tests.training.position_program", *arguments, processes=0)
-    assert done.status == 0, done.err
+    run("tests.training.position_program", *arguments, processes=0).succeeded()
     losses = torch.load(tmp_path / "losses.pt").double()  # [samples, 128], by position
     (record,) = [record for record in metrics(alone) if record["step"] == 2]
     assert record["held_out_loss"] == pytest.approx(losses.mean().item(), rel=1e-6)
@@ -95,8 +93,7 @@ def test_a_run_reports_the_losses_of_a_direct_computation(alone: Path, tmp_path:
 @pytest.mark.parametrize("settings", [["parallel.cp=2"], [], ["parallel.pp=2"]], ids=["cp2", "dp2", "pp2"])
 def test_two_processes_report_what_one_does(alone: Path, tmp_path: Path, settings: list[str]) -> None:
     start = f"checkpoint.resume={alone / 'checkpoints' / 'iter_0000001'}"
-    done = pretrain(tmp_path, *SETTINGS, *settings, start, UNSAVED, processes=2)
-    assert done.status == 0, done.err
+    pretrain(tmp_path, *SETTINGS, *settings, start, UNSAVED, processes=2).succeeded()
     (found,), expected = metrics(tmp_path), metrics(alone)[-1]
     assert found["held_out_long"] == pytest.approx(expected["held_out_long"], rel=1e-5)
     for (*place, loss), (*asked, right) in zip(

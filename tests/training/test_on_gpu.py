@@ -15,8 +15,7 @@ COMMON = ("tracking.log_interval=1", "optim.warmup_steps=1", "evaluation.interva
 
 def losses(run_dir: Path, *arguments: str) -> list[float]:
     """Train, and return the losses of all steps of this program."""
-    done = run("pretrain.py", f"run_dir={run_dir}", *COMMON, *arguments)
-    assert done.status == 0, done.err[-3000:]
+    run("pretrain.py", f"run_dir={run_dir}", *COMMON, *arguments).succeeded()
     return [record["loss"] for record in metrics(run_dir)]
 
 
@@ -67,8 +66,7 @@ def test_a_cold_starts_processes_compile_all_that_the_first_steps_use(
     own = ["+model=125m_hybrid", "train.steps=2", "train.global_batch_size=2", "train.micro_batch_size=1", *COMMON]
 
     def start(name: str) -> str:
-        done = run("pretrain.py", f"run_dir={tmp_path / name}", *own)
-        assert done.status == 0, done.err[-3000:]
+        done = run("pretrain.py", f"run_dir={tmp_path / name}", *own).succeeded()
         return done.out
 
     cold = start("cold")

@@ -22,9 +22,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def outcome(folder: Path) -> Outcome:
     settings = ["train.steps=4", "evaluation.interval=2", "evaluation.batches=1", "tracking.timing=2"]
-    done = pretrain(folder, *settings, "optim.min_lr_ratio=1", "tracking.wandb=offline", processes=0, pictures=True)
-    assert done.status == 0, done.err
-    return done
+    return pretrain(
+        folder, *settings, "optim.min_lr_ratio=1", "tracking.wandb=offline", processes=0, pictures=True
+    ).succeeded()
 
 
 def test_every_report_is_one_line_and_one_record(outcome: Outcome, folder: Path) -> None:
@@ -106,14 +106,12 @@ def assert_kernels_are_logged(outcome: Outcome, why: str) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="checks what a CPU runs")
 def test_the_first_step_logs_which_kernels_ran_and_why(outcome: Outcome, tmp_path: Path) -> None:
     assert_kernels_are_logged(outcome, "no CUDA device")
-    chosen = pretrain(tmp_path, "train.steps=3", UNSAVED, "attention_backend=torch")
-    assert chosen.status == 0, chosen.err
+    chosen = pretrain(tmp_path, "train.steps=3", UNSAVED, "attention_backend=torch").succeeded()
     assert_kernels_are_logged(chosen, "backend=torch")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="checks what a CPU runs")
 def test_a_dense_model_logs_no_kernels(tmp_path: Path) -> None:
-    done = pretrain(tmp_path, "train.steps=3", UNSAVED, "layout.layers=D")
-    assert done.status == 0, done.err
+    done = pretrain(tmp_path, "train.steps=3", UNSAVED, "layout.layers=D").succeeded()
     assert "sparse attention" not in done.out
     assert " | layers local on cpu | " in done.out

@@ -30,8 +30,7 @@ def text_of(ids: torch.Tensor) -> str:
 
 def prepared(output: Path, *settings: str) -> str:
     """All documents of a dataset from launch/prepare_data.py, concatenated."""
-    done = run("prepare_data.py", f"output={output}", *settings, processes=0)
-    assert done.status == 0, done.err
+    run("prepare_data.py", f"output={output}", *settings, processes=0).succeeded()
     dataset = IndexedDataset(str(output))
     return "".join(text_of(dataset[i]) for i in range(len(dataset)))
 

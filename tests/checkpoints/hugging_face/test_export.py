@@ -37,8 +37,7 @@ def tokens_of(vocabulary: int = 257) -> np.ndarray:
 def megatron_logits(checkpoint: Path, tokens: np.ndarray, folder: Path) -> torch.Tensor:
     np.save(folder / "tokens.npy", tokens)
     files = [str(path) for path in (checkpoint, folder / "tokens.npy", folder / "logits.npy")]
-    done = run("tests.checkpoints.hugging_face.logits_program", *files, processes=0)
-    assert done.status == 0, done.err[-3000:]
+    run("tests.checkpoints.hugging_face.logits_program", *files, processes=0).succeeded()
     return torch.from_numpy(np.load(folder / "logits.npy"))
 
 
@@ -74,10 +73,8 @@ def load_file(path: Path) -> ModuleType:
 )
 def test_the_modelling_file_gives_the_logits_of_the_checkpoint(tmp_path: Path, settings: list[str]) -> None:
     own = [*settings, "model.init_std=0.2", "train.steps=2", "optim.warmup_steps=1"]
-    trained = pretrain(tmp_path / "run", *own)
-    assert trained.status == 0, trained.err
-    done = run("export.py", f"checkpoint={tmp_path / 'run'}", f"output={tmp_path / 'out'}", processes=0)
-    assert done.status == 0, done.err
+    pretrain(tmp_path / "run", *own).succeeded()
+    run("export.py", f"checkpoint={tmp_path / 'run'}", f"output={tmp_path / 'out'}", processes=0).succeeded()
     load = load_file(tmp_path / "out" / "modeling_s2.py").S2ForCausalLM.from_folder
     tokens = tokens_of()
 
@@ -97,17 +94,15 @@ def test_the_modelling_file_gives_the_logits_of_the_checkpoint(tmp_path: Path, s
 
 
 def test_a_dense_model_whose_heads_turn_in_part_is_no_plain_llama(tmp_path: Path) -> None:
-    trained = pretrain(
+    pretrain(
         tmp_path / "run",
         "layout=dense",
         "model.rotary_percent=0.5",
         "train.precision=fp32",
         "train.steps=2",
         "optim.warmup_steps=1",
-    )
-    assert trained.status == 0, trained.err
-    done = run("export.py", f"checkpoint={tmp_path / 'run'}", f"output={tmp_path / 'out'}", processes=0)
-    assert done.status == 0, done.err
+    ).succeeded()
+    run("export.py", f"checkpoint={tmp_path / 'run'}", f"output={tmp_path / 'out'}", processes=0).succeeded()
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["architectures"], config["partial_rotary_factor"]) == (["S2ForCausalLM"], 0.5)
     model = S2ForCausalLM.from_folder(str(tmp_path / "out"))
@@ -166,8 +161,7 @@ def test_an_imported_llama_gives_its_logits_and_comes_back_as_it_was(tmp_path: P
     scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     scaled = {} if tie else {"rope_scaling": scaling}
     llama = write_llama(tmp_path / "llama", tie=tie, groups=random.choice([1, 2, 4]), **scaled)
-    done = import_weights(llama, tmp_path / "run", "precision=fp32", "vocab_size=288")
-    assert done.status == 0, done.err
+    import_weights(llama, tmp_path / "run", "precision=fp32", "vocab_size=288").succeeded()
     tokens = tokens_of(VOCABULARY)
     with torch.no_grad():
         expected = S2ForCausalLM.from_folder(str(llama))(torch.from_numpy(tokens)).logits
@@ -178,8 +172,7 @@ def test_an_imported_llama_gives_its_logits_and_comes_back_as_it_was(tmp_path: P
     back_as = [f"checkpoint={tmp_path / 'run'}", f"output={tmp_path / 'back'}", "vocab_size=272"]
     rejected = run("export.py", *back_as, processes=0)  # the Llama came without
     assert error_line(rejected).startswith(f"error: tokenizer={tmp_path / 'run' / 'tokenizer.json'}: no such file. Set")
-    done = run("export.py", *back_as, "tokenizer=bytes", processes=0)
-    assert done.status == 0, done.err
+    run("export.py", *back_as, "tokenizer=bytes", processes=0).succeeded()
     back, there = (S2ForCausalLM.from_folder(str(folder)).state_dict() for folder in (tmp_path / "back", llama))
     assert back.keys() == there.keys()
     assert all(torch.equal(back[name], there[name]) for name in there)
@@ -212,14 +205,12 @@ def test_a_hybrid_run_starts_from_an_imported_llama(tmp_path: Path, processes: i
         "optim.lr=1e-9",
         "optim.warmup_steps=1",
     ]
-    done = pretrain(tmp_path / "run", *own, "optim.min_lr=1e-9", processes=processes)
-    assert done.status == 0, done.err
+    pretrain(tmp_path / "run", *own, "optim.min_lr=1e-9", processes=processes).succeeded()
     losses = [record["loss"] for record in metrics(tmp_path / "run")]
     assert len(losses) == 2
 
     # an export of what it trained is the Llama, whose weights such small steps leave
-    done = run("export.py", f"checkpoint={tmp_path / 'run'}", f"output={tmp_path / 'back'}", processes=0)
-    assert done.status == 0, done.err
+    run("export.py", f"checkpoint={tmp_path / 'run'}", f"output={tmp_path / 'back'}", processes=0).succeeded()
     back, there = (S2ForCausalLM.from_folder(str(folder)).state_dict() for folder in (tmp_path / "back", llama))
     for name, weight in there.items():
         torch.testing.assert_close(back[name].float(), weight.bfloat16().float(), rtol=0, atol=1e-6)
@@ -265,16 +256,13 @@ def test_a_hybrid_goes_out_and_comes_back_and_trains_on(tmp_path: Path) -> None:
     rules = f"{{kind:per_head,rules:[{file},{{kind:dense}}],heads:{[[0, 0, 0, 1]] * 4}}}".replace(" ", "")
     layers = ["layout.layers=DRFS", f"+layout.patterns.R={rules}", f"+layout.patterns.F={file}"]
     own = ["train.precision=fp32", "model.rotary_percent=0.5", "schedule=two_dense_heads", "schedule.dense_heads=1"]
-    trained = pretrain(tmp_path / "run", *layers, *own, "train.steps=2", "optim.warmup_steps=1", "model.init_std=0.2")
-    assert trained.status == 0, trained.err
+    pretrain(tmp_path / "run", *layers, *own, "train.steps=2", "optim.warmup_steps=1", "model.init_std=0.2").succeeded()
     exported = tmp_path / "out"
-    done = run("export.py", f"checkpoint={tmp_path / 'run'}", f"output={exported}", processes=0)
-    assert done.status == 0, done.err
+    run("export.py", f"checkpoint={tmp_path / 'run'}", f"output={exported}", processes=0).succeeded()
     tokens = np.random.default_rng().integers(0, 257, (2, 128))
     expected = megatron_logits(tmp_path / "run", tokens, tmp_path)
     (tmp_path / "masks.npz").unlink()
-    done = import_weights(exported, tmp_path / "start", "precision=fp32")
-    assert done.status == 0, done.err
+    done = import_weights(exported, tmp_path / "start", "precision=fp32").succeeded()
     assert torch.equal(megatron_logits(tmp_path / "start", tokens, tmp_path), expected)
 
     program, *arguments = shlex.split(done.out.splitlines()[-1])[1:]
@@ -282,8 +270,7 @@ def test_a_hybrid_goes_out_and_comes_back_and_trains_on(tmp_path: Path) -> None:
     assert program == "launch/pretrain.py"
     few = ["train.exit_step=2", "data.num_workers=0", "tracking.wandb=disabled", "tracking.log_interval=1"]
     further = [argument for argument in arguments if not argument.startswith("run_dir=")]
-    done = run("pretrain.py", *further, f"run_dir={tmp_path / 'further'}", *few, "evaluation.interval=0")
-    assert done.status == 0, done.err
+    run("pretrain.py", *further, f"run_dir={tmp_path / 'further'}", *few, "evaluation.interval=0").succeeded()
     went_on = read_config(tmp_path / "further" / "checkpoints" / "iter_0000002")
     began = read_config(tmp_path / "run" / "checkpoints" / "iter_0000002")
     assert (went_on.schedule, went_on.layout.layers) == (began.schedule, "DRFS")
