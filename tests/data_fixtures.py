@@ -1,4 +1,5 @@
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,18 @@ from s2train.config import (
 from s2train.preparation.prepare import prepare
 
 MakeConfig = Callable[..., PretrainConfig]
+
+
+def write_dataset(prefix: Path, text: str | Sequence[str], **settings: Any) -> str:
+    """Prepare a text, or documents in JSON lines, from a file beside the dataset; its prefix."""
+    if isinstance(text, str):
+        source = prefix.with_name(f"{prefix.name}.txt")
+        source.write_text(text)
+    else:
+        source = prefix.with_name(f"{prefix.name}.jsonl")
+        source.write_text("\n".join(json.dumps({"text": one}) for one in text))
+    prepare(PrepareConfig(input=str(source), output=str(prefix), **settings))
+    return str(prefix)
 
 
 @pytest.fixture(scope="session")

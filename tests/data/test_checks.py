@@ -23,6 +23,7 @@ from s2train.data.tokenizers import ByteTokenizer, load_tokenizer, train_bpe
 from s2train.errors import ConfigError
 from s2train.planning import compose_run
 from s2train.preparation.prepare import prepare
+from tests.data_fixtures import write_dataset
 
 MakeConfig = Callable[..., PretrainConfig]
 
@@ -134,9 +135,7 @@ def test_a_part_without_documents_is_rejected_if_the_run_reads_it(corpus: str, c
 def test_the_remedy_for_a_part_without_documents_gives_it_some(
     tmp_path: Path, config: MakeConfig, documents: int
 ) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "some words of text"}\n' * documents)
-    prepare(PrepareConfig(str(tmp_path / "a.jsonl"), str(tmp_path / "a")))
-    cfg = config(str(tmp_path / "a"), seq_length=16, split="100")
+    cfg = config(write_dataset(tmp_path / "a", ["some words of text"] * documents), seq_length=16, split="100")
     with pytest.raises(ConfigError, match="without any of its") as error:
         check_data(cfg, ByteTokenizer())
     words = dict(word.split("=", 1) for word in shlex.split(error.value.remedy) if "=" in word)

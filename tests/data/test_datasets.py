@@ -20,6 +20,7 @@ from s2train.data.tokenizers import ByteTokenizer
 from s2train.errors import ConfigError
 from s2train.preparation.bundled_corpus import ensure_prepared
 from s2train.preparation.prepare import prepare
+from tests.data_fixtures import write_dataset
 
 MakeConfig = Callable[..., PretrainConfig]
 TOKENIZER = ByteTokenizer()
@@ -43,12 +44,8 @@ def tokens(dataset: Any, n: int) -> torch.Tensor:
 @pytest.fixture
 def two_letters(tmp_path: Path) -> list[str]:
     """Prefixes of two datasets: one of letters a, and one of letters b, three times as large."""
-    for letter, times in (("a", 1), ("b", 3)):
-        (tmp_path / f"{letter}.txt").write_text((letter * 60 + "\n") * 400 * times)
-        prepare(
-            PrepareConfig(input=str(tmp_path / f"{letter}.txt"), output=str(tmp_path / letter), document_chars=1000)
-        )
-    return [str(tmp_path / "a"), str(tmp_path / "b")]
+    texts = {"a": ("a" * 60 + "\n") * 400, "b": ("b" * 60 + "\n") * 1200}
+    return [write_dataset(tmp_path / letter, text, document_chars=1000) for letter, text in texts.items()]
 
 
 def test_runs_that_share_a_cache_build_one_at_a_time(corpus: str, config: MakeConfig) -> None:

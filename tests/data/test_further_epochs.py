@@ -1,6 +1,5 @@
 """The training order continues after the epochs that a run began with; earlier samples keep their order."""
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from s2train.config import PrepareConfig, PretrainConfig
+from s2train.config import PretrainConfig
 from s2train.data.datasets import build_datasets
 from s2train.data.tokenizers import ByteTokenizer
-from s2train.preparation.prepare import prepare
+from tests.data_fixtures import write_dataset
 
 MakeConfig = Callable[..., PretrainConfig]
 Sample = tuple[int, ...]
@@ -23,11 +22,7 @@ def numbers(tmp_path: Path) -> Callable[[str], str]:
     """Function that makes a dataset of 40 different documents, each one sample long, that begin with `letter`."""
 
     def make(letter: str) -> str:
-        lines = [json.dumps({"text": f"{letter}{number:02d}" + "x" * 28}) for number in range(40)]
-        (tmp_path / f"{letter}.jsonl").write_text("\n".join(lines))
-        prefix = str(tmp_path / letter)
-        prepare(PrepareConfig(input=str(tmp_path / f"{letter}.jsonl"), output=prefix))
-        return prefix
+        return write_dataset(tmp_path / letter, [f"{letter}{number:02d}" + "x" * 28 for number in range(40)])
 
     return make
 

@@ -5,13 +5,13 @@ from typing import Any
 import pytest
 
 from s2train.checkpoints.resume import data_order
-from s2train.config import PrepareConfig, PretrainConfig
+from s2train.config import PretrainConfig
 from s2train.data.checks import check_data
 from s2train.data.datasets import build_datasets
 from s2train.data.epochs import training_epochs
 from s2train.data.tokenizers import ByteTokenizer
 from s2train.errors import ConfigError
-from s2train.preparation.prepare import prepare
+from tests.data_fixtures import write_dataset
 
 MakeConfig = Callable[..., PretrainConfig]
 
@@ -19,10 +19,8 @@ MakeConfig = Callable[..., PretrainConfig]
 @pytest.fixture
 def letters(tmp_path: Path) -> dict[str, str]:
     """Prefixes of two datasets, one of letters a, one of letters b."""
-    for letter, length in (("a", 40_000), ("b", 4_000)):
-        (tmp_path / f"{letter}.txt").write_text(letter * length)
-        prepare(PrepareConfig(input=str(tmp_path / f"{letter}.txt"), output=str(tmp_path / letter)))
-    return {letter: str(tmp_path / letter) for letter in "ab"}
+    lengths = {"a": 40_000, "b": 4_000}
+    return {letter: write_dataset(tmp_path / letter, letter * length) for letter, length in lengths.items()}
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """With attention kept inside documents, a packed sequence trains as its documents would one by one."""
 
-import json
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ from s2train.megatron.core_attention import packed_documents
 from s2train.megatron.layout_cache import LayoutCache
 from s2train.megatron.model import transformer_config
 from s2train.planning import compose_run, hybrid_layout
+from tests.data_fixtures import write_dataset
 from tests.program import UNSAVED, metrics, pretrain, results_of
 
 pytestmark = [pytest.mark.slow]
@@ -71,13 +71,10 @@ def test_layers_share_the_bounds_of_documents(monkeypatch: pytest.MonkeyPatch) -
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Holds the dataset `mine`, of documents of some dozen bytes, and a run of one process on it."""
-    from s2train.config import PrepareConfig
-    from s2train.preparation.prepare import prepare
 
     folder = tmp_path_factory.mktemp("packed")
     texts = ["".join(random.choices("ab c", k=random.randint(1, 90))) + "x" for _ in range(400)]
-    (folder / "mine.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    prepare(PrepareConfig(input=str(folder / "mine.jsonl"), output=str(folder / "mine")))
+    write_dataset(folder / "mine", texts)
     pretrain(folder / "alone", *WITHIN, "checkpoint.interval=1", processes=0, cwd=folder).succeeded()
     return folder
 

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from s2train.config import PrepareConfig
-from s2train.preparation.prepare import prepare
+from tests.data_fixtures import write_dataset
 from tests.program import Outcome, pretrain, run
 
 pytestmark = [pytest.mark.slow]
@@ -20,8 +19,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run folder of a model that writes numbers, but not the right ones."""
     folder = tmp_path_factory.mktemp("needle")
     numbers = np.random.default_rng(1).integers(1_000_000, 10_000_000, 20_000)
-    (folder / "numbers.txt").write_text("".join(f" {number}." for number in numbers))
-    prepare(PrepareConfig(input=str(folder / "numbers.txt"), output=str(folder / "numbers")))
+    write_dataset(folder / "numbers", "".join(f" {number}." for number in numbers))
     settings = ["train.steps=60", "optim.lr=1e-2", "train.precision=fp32", "tracking.log_interval=20"]
     settings += ["train.global_batch_size=4", "train.micro_batch_size=4"]
     cache = f"data.cache={folder / 'cache'}"

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 
 from s2train.checkpoints.resume import check_same_order, data_order
-from s2train.config import PrepareConfig
 from s2train.errors import ConfigError
-from s2train.preparation.prepare import prepare
+from tests.data_fixtures import write_dataset
 from tests.test_configs import pretrain
 
 CONTENTS = "the datasets' contents"
@@ -20,8 +19,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Working folder with datasets a and b, whose documents have the same lengths."""
     monkeypatch.chdir(tmp_path)
     for name in "ab":
-        (tmp_path / f"{name}.txt").write_text((name * 60 + "\n") * 400)
-        prepare(PrepareConfig(input=f"{name}.txt", output=name, document_chars=1000))
+        write_dataset(Path(name), (name * 60 + "\n") * 400, document_chars=1000)
     return tmp_path
 
 

@@ -9,10 +9,9 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from s2train.config import PrepareConfig
 from s2train.data.bundled import bundled_corpus_files
 from s2train.data.tokenizers import ByteTokenizer
-from s2train.preparation.prepare import prepare
+from tests.data_fixtures import write_dataset
 from tests.program import ROOT, SMALL, metrics, run
 
 pytestmark = [pytest.mark.slow]
@@ -57,9 +56,7 @@ def test_a_run_on_a_mixture_trains_on_samples_in_their_shares(tmp_path: Path) ->
 def drawn(folder: Path, run_dir: str, *settings: str) -> torch.Tensor:
     """Samples that a run takes from data of 28 samples per epoch, all different."""
     if not (folder / "data.idx").exists():
-        lines = [json.dumps({"text": f"document {number:04d}\n" * 8}) for number in range(36)]
-        (folder / "data.jsonl").write_text("\n".join(lines))
-        prepare(PrepareConfig(input=str(folder / "data.jsonl"), output=str(folder / "data")))
+        write_dataset(folder / "data", [f"document {number:04d}\n" * 8 for number in range(36)])
     given = [f"run_dir={folder / run_dir}", f"data.path={folder / 'data'}", f"data.cache={folder / 'cache'}"]
     with mock.patch.dict(os.environ, S2TRAIN_TEST_DRAWN=str(folder / "drawn.pt")):
         done = run(DRAWN_PROGRAM, *SHALLOW, *given, "optim.decay_steps=6", *settings, processes=0)
