@@ -14,16 +14,17 @@ TEXTS = [NOISE] * 20 + [
     f"The magic number of {key} is {i}." for key in ("brisk-otter", "icy-eagle") for i in range(1_000_000, 1_000_300)
 ]
 KINDS = ("llama-2", "mistral", "byte-level")
+SIZE = 600
 
 
-def make_tokenizer(kind: str, folder: Path, size: int = 600) -> Tokenizer:
+def make_tokenizer(kind: str, folder: Path) -> Tokenizer:
     """Train a small tokenizer that handles blanks like the named kind.
 
     llama-2: a normalizer prepends ▁ and replaces each blank by it; mistral: a pre-tokenizer does; byte-level: neither.
     """
     path = folder / f"{kind}.json"
     if kind == "byte-level":
-        train_bpe(TEXTS, size, path)
+        train_bpe(TEXTS, SIZE, path)
         return load_tokenizer(str(path))
     made = hf.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -31,7 +32,7 @@ def make_tokenizer(kind: str, folder: Path, size: int = 600) -> Tokenizer:
     words = pre_tokenizers.Split("▁", "merged_with_next")
     made.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.Digits(individual_digits=True)])
     trainer = trainers.BpeTrainer(
-        vocab_size=size - 256,
+        vocab_size=SIZE - 256,
         special_tokens=["<unk>", "<s>", "</s>"],
         show_progress=False,
         initial_alphabet=["▁", *string.ascii_letters, *string.digits, *string.punctuation],

@@ -18,10 +18,8 @@ from tests.layouts.layout_cases import make_hybrid
 HEADS, BLOCKS = 4, 37
 
 
-def random_masks(heads: int = HEADS, num_blocks: int = BLOCKS) -> np.ndarray:
-    masks = np.tril(np.random.default_rng().random((heads, num_blocks, num_blocks)) < 0.3)
-    masks[:, np.arange(num_blocks), np.arange(num_blocks)] = True
-    return masks
+def random_masks(heads: int = HEADS) -> np.ndarray:
+    return np.tril(np.random.default_rng().random((heads, BLOCKS, BLOCKS)) < 0.3) | np.eye(BLOCKS, dtype=bool)
 
 
 def hybrid_of(file: Path, **changes: Any) -> HybridLayout:

@@ -47,12 +47,12 @@ def folder(path: Path, weights: str = "w") -> Path:
     return path
 
 
-def continue_runs(path: Path, losses: dict[str, float], steps: int = 5, weights: str = "w") -> None:
+def continue_runs(path: Path, losses: dict[str, float], steps: int = 5) -> None:
     rows = [
         {"layout": name, "budget": 1.0 if name == "dense" else 0.5, "held_out_loss": losses[name]} for name in losses
     ]
     (path / "continued").mkdir()
-    content = {"weights": weights, "steps": steps, "rows": rows}
+    content = {"weights": "w", "steps": steps, "rows": rows}
     (path / "continued" / "continued.json").write_text(json.dumps(content))
 
 

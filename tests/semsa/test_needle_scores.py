@@ -39,8 +39,8 @@ def settings(**changed: Any) -> FrontierNeedlesConfig:
     return FrontierNeedlesConfig(**own | changed)
 
 
-def retrieval(longest: int = 512, **changed: Any) -> Retrieval:
-    found = Retrieval.read(settings(**changed), ByteTokenizer(), longest)
+def retrieval(**changed: Any) -> Retrieval:
+    found = Retrieval.read(settings(**changed), ByteTokenizer(), 512)
     assert found is not None
     return found
 
