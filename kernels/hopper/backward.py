@@ -103,7 +103,7 @@ def _load_step(steps_ptr, meta_ptr, first, t, PACKED: gl.constexpr):
 
 
 @gluon.jit
-def _unpack(entry, b, kv, group):
+def _unpack(entry, kv, group):
     """Return head and query tile of a step."""
     return kv * group + (entry >> (ACTIVE_BITS + QUERY_BITS)), (entry >> ACTIVE_BITS) & ((1 << QUERY_BITS) - 1)
 
@@ -129,7 +129,7 @@ def _producer(
     entry = _first_step(meta_ptr, steps_ptr, first, batch_size, PACKED)
     for t in range(0, num_steps):
         following = _load_step(steps_ptr, meta_ptr, first, gl.minimum(t + 1, num_steps - 1), PACKED)
-        head, tile = _unpack(entry, b, kv, group)
+        head, tile = _unpack(entry, kv, group)
         st = t % STAGES
         mbarrier.wait(free.index(st), ((t // STAGES) & 1) ^ 1)
         mbarrier.expect(x_full.index(st), x_desc.block_type.nbytes + stat_desc.block_type.nbytes)
@@ -158,7 +158,7 @@ def _reducer(
     entry = _first_step(meta_ptr, steps_ptr, first, batch_size, PACKED)
     for n in range(0, num_steps):
         following = _load_step(steps_ptr, meta_ptr, first, gl.minimum(n + 1, num_steps - 1), PACKED)
-        head, tile = _unpack(entry, b, kv, group)
+        head, tile = _unpack(entry, kv, group)
         if QT == TILE:
             row = (((b * num_heads + head) * num_tiles + tile - first_tile) * 2 + C) * ROWS
         else:

@@ -174,7 +174,7 @@ def s2_hyper_sample_dkdv_kernel(
 def s2_hyper_bucket_dq_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, tiles, queries, keys_ptr,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, dout_batch, dout_head, dout_row,
-    scale, scale_log2, first_tile, bucket_base, buckets, count, period, size, group, kv_heads, length, sinks,
+    scale, scale_log2, first_tile, bucket_base, buckets, count, size, group, kv_heads, length, sinks,
     window_blocks,
     DIM: tl.constexpr, V_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr,
     ROWS: tl.constexpr, STEPS: tl.constexpr, BUCKET: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
@@ -184,7 +184,7 @@ def s2_hyper_bucket_dq_kernel(
     if tl.load(tiles + tile * 3) < 0:
         return
     b, kv, row, row_interval, bucket, member, position, exists = bucket_tile(
-        tiles, queries, tile, bucket_base, buckets, count, period, group, kv_heads, length, ROWS
+        tiles, queries, tile, bucket_base, buckets, count, kv_heads, length, ROWS
     )
     member, at_row = member.to(tl.int64), position.to(tl.int64)
     q = gather_tile(

@@ -133,9 +133,7 @@ def s2_hyper_sample_fwd_kernel(
 
 
 @triton.jit
-def bucket_tile(
-    tiles, queries, tile, bucket_base, buckets, count, period, group, kv_heads, length, ROWS: tl.constexpr
-):  # fmt: skip
+def bucket_tile(tiles, queries, tile, bucket_base, buckets, count, kv_heads, length, ROWS: tl.constexpr):
     """Locate a tile of one bucket's queries.
 
     Returns batch, KV head, row (in 64 bits), row with interval, bucket within the interval, members, positions, and
@@ -156,7 +154,7 @@ def bucket_tile(
 def s2_hyper_bucket_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, tiles, queries, keys_ptr,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
-    scale_log2, first_tile, bucket_base, buckets, count, period, size, group, kv_heads, length, sinks, window_blocks,
+    scale_log2, first_tile, bucket_base, buckets, count, size, group, kv_heads, length, sinks, window_blocks,
     DIM: tl.constexpr, V_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PADDED_V_DIM: tl.constexpr,
     ROWS: tl.constexpr, STEPS: tl.constexpr, BUCKET: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
@@ -168,7 +166,7 @@ def s2_hyper_bucket_fwd_kernel(
     if tl.load(tiles + tile * 3) < 0:
         return
     b, kv, row, row_interval, bucket, member, position, exists = bucket_tile(
-        tiles, queries, tile, bucket_base, buckets, count, period, group, kv_heads, length, ROWS
+        tiles, queries, tile, bucket_base, buckets, count, kv_heads, length, ROWS
     )
     q_base = q_ptr + b * q_batch + kv * group * q_head
     q_rows = member.to(tl.int64) * q_head + position.to(tl.int64) * q_row

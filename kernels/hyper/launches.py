@@ -183,7 +183,7 @@ def bucket_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pl
             s2_hyper_bucket_fwd_kernel[(end - first,)](
                 q, k, v, out, lse, table, plan.queries, plan.keys[r.key_base :],
                 *strides(q), *strides(k), *strides(v), call.spec.softmax_scale * LOG2_E,
-                first, r.bucket_base, r.buckets, r.level.count, r.level.period, r.level.size,
+                first, r.bucket_base, r.buckets, r.level.count, r.level.size,
                 *_numbers(plan, call), **call.dims(), ROWS=config.rows, STEPS=config.steps,
                 BUCKET=call.settings.bucket, num_warps=config.num_warps, num_stages=config.num_stages,
             )  # fmt: skip
@@ -279,7 +279,7 @@ def bucket_dq(rows: Rows, k: Tensor, v: Tensor, dq: Tensor, plan: Plan, call: Ca
                 q, k, v, rows.dout, rows.lse, rows.delta, dq, table, plan.queries, plan.keys[r.key_base :],
                 *strides(q), *strides(k), *strides(v), *strides(rows.dout),
                 call.spec.softmax_scale, call.spec.softmax_scale * LOG2_E,
-                first, r.bucket_base, r.buckets, r.level.count, r.level.period, r.level.size,
+                first, r.bucket_base, r.buckets, r.level.count, r.level.size,
                 *_numbers(plan, call), **call.dims(), ROWS=config.rows, STEPS=config.steps,
                 BUCKET=call.settings.bucket, num_warps=config.num_warps, num_stages=config.num_stages,
             )  # fmt: skip
