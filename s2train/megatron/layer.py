@@ -9,18 +9,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from s2train.attention.kind import LayerLayout
 from s2train.megatron.recomputed_norm import recompute_output
 
 
 class HybridTransformerLayer(TransformerLayer):
-    """Megatron's layer with a layout, checked against its position in the model.
+    """Megatron's layer, checked against the position that its layout was made for.
 
     Where Megatron recomputes the MLP, this layer also recomputes both norms. Norms of transformer-engine are parts of
     linear layers: the MLP's is recomputed with it, the other's output is saved.
 
     Args:
-        layer_layout: attention of this layer.
         hybrid_layer_number: 1-based position in the whole model that the layout was made for.
         mlp_class: class whose forward pass the MLP uses; None: Megatron's.
     """
@@ -32,14 +30,12 @@ class HybridTransformerLayer(TransformerLayer):
         config: TransformerConfig,
         submodules: TransformerLayerSubmodules,
         *args: Any,
-        layer_layout: LayerLayout,
         hybrid_layer_number: int,
         mlp_class: type[MLP] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(config, submodules, *args, **kwargs)
         assert self.layer_number == hybrid_layer_number, "pipeline slicing gave the layer another's layout"
-        self.layer_layout = layer_layout
         if mlp_class is not None:
             assert type(self.mlp) is MLP
             self.mlp.__class__ = mlp_class  # Megatron releases test for MLP in different ways, so no spec can name it

@@ -41,7 +41,7 @@ def layer_spec(
     """
     spec = backend.layer_spec()
     spec.module = HybridTransformerLayer
-    own = {"layer_layout": layer, "hybrid_layer_number": layer_number, "mlp_class": backend.mlp}
+    own = {"hybrid_layer_number": layer_number, "mlp_class": backend.mlp}
     spec.params = {**(spec.params or {}), **own}
     spec.submodules.self_attention.submodules.core_attention = ModuleSpec(
         module=core_attention_class(layer.kind),
