@@ -31,6 +31,7 @@ def save(*_):
     raise StoppedBySignal("SIGUSR1", 1, folder)
 def work():
     signal.signal(signal.SIGUSR1, save)
+    time.sleep(0.5)  # torchrun forwards no signal to a rank that it is still starting
     (folder / f"ready{os.environ['RANK']}").touch()
     time.sleep(300)
 run_command(work)
