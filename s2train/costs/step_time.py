@@ -64,7 +64,9 @@ _PRODUCTS = ((384, 400e12), (768, 700e12), (2048, 784e12), (4096, 730e12))
 # Fraction of these that H200s reach: products of profiled 1B steps take 553 to 567 ms, and 522 on an H100
 # (2026-11-29-h200-library-steps-fused.json, 2026-11-29-h200x4-scaling.json, 2026-11-30-h200x2-scaling*.json).
 _H200_PRODUCTS = 0.93
-_ELEMENTWISE = 0.104e-9  # seconds per token, layer and hidden dimension: norms, rotation, SwiGLU, residuals, by torch
+# Seconds per token, layer and hidden dimension: norms, rotation, SwiGLU, residuals, by torch. And the width of the
+# widest MLP measured, in hidden sizes: SwiGLU of a wider one takes longer.
+_ELEMENTWISE, _MLP_WIDTH = 0.104e-9, 4
 # Seconds of single operations, by torch and fused: SwiGLU per output (2026-11-28-h100-elementwise.json); a residual sum
 # with its norm per dimension; per dimension of the projection, its split into heads with Liger-Kernel's rotation, and
 # both at once (2026-11-30-h200-elementwise.json, scaled by memory bandwidth).
@@ -341,7 +343,8 @@ class _Model:
         # Measured with transformer-engine's fused norms; FP8 adds its casts.
         share = (0.98 if cfg.fp8 != "none" else 0.61) if self.te else 1.0
         swiglu, sums = _SWIGLU * model.ffn_hidden_size, 2 * _SUM * model.hidden_size
-        heads = share * _ELEMENTWISE * model.hidden_size - swiglu - sums
+        measured = _SWIGLU * min(model.ffn_hidden_size, _MLP_WIDTH * model.hidden_size)
+        heads = share * _ELEMENTWISE * model.hidden_size - measured - sums
         if self.impl.fuses_swiglu(cfg):
             swiglu = _FUSED_SWIGLU * model.ffn_hidden_size
         if self.impl.fuses_sums(cfg):

@@ -306,6 +306,16 @@ def test_fused_elementwise_work_is_the_sum_of_single_operations() -> None:
     assert found == pytest.approx(2 * (16 * layer + SINGLE["loss in_place", "liger"]), rel=0.03)
 
 
+def test_a_wider_mlp_takes_more_elementwise_time_by_any_kernel() -> None:
+    one = ["+model=1b_hybrid", "train.seq_length=32768", "train.global_batch_size=2"]
+    for kernels in ("elementwise=torch", "elementwise=liger", "elementwise=torch layer_backend=te fp8=hybrid"):
+        usual, wide = (
+            predicted(*one, *kernels.split(), f"model.ffn_hidden_size={width}", gpu=H200).time.elementwise
+            for width in (8192, 16384)
+        )
+        assert wide - usual == pytest.approx(2 * 16 * SINGLE["swiglu", "liger"], rel=0.1), kernels
+
+
 def test_sums_with_norms_save_time_unless_norms_are_recomputed() -> None:
     one = ["+model=1b_hybrid", "train.seq_length=32768", "train.global_batch_size=1", "elementwise=liger"]
     none, full, mlp = (
