@@ -20,7 +20,7 @@ from torch import Tensor
 from ..attention import block_sparse_attention
 from ..dispatch import kernels_in_use
 from ..layout import BLOCK_SIZES, BlockLayout
-from ..relative_error import relative_error
+from ..relative_error import largest, relative_error
 from ..topk_layout import Layout, TopKLayout
 from .cases import tokens
 from .run import failures
@@ -153,7 +153,7 @@ def _measure(case: RunTimeCase, clock: Clock, device: torch.device, budget_ms: f
         del out
     names = ("out", "dq", "dk", "dv")
     record["differences"] = {
-        name: max(relative_error(x, static_x.float()) for x in xs)
+        name: largest(relative_error(x, static_x.float()) for x in xs)
         for name, static_x, *xs in zip(names, *found, strict=True)
     }
     del found

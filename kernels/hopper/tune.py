@@ -26,7 +26,7 @@ from ..benchmarks.program import write_results
 from ..check.poison import nan_filled
 from ..forward import forward
 from ..layout import BlockLayout
-from ..relative_error import relative_error
+from ..relative_error import largest, relative_error
 from ..spec import AttentionSpec, to_bhsd
 from ..workers import run_tasks, serve
 from .backward import hopper_backward
@@ -260,7 +260,7 @@ def _run_item(item: Item, problems: dict[Any, Problem]) -> dict[str, Any]:
         errors.append(relative_error(out[0, head, start:stop], out_rows))
         lse_error = max(lse_error, (lse[0, head, start:stop] - lse_rows).abs().max().item())
     complete = not bool(out.isnan().any() | lse.isnan().any())
-    error = max(errors) if all(e == e for e in errors) else math.nan
+    error = largest(errors)
     row: dict[str, Any] = {"problem": item.problem, "variant": item.variant, "error": error, "lse_error": lse_error}
     row["ok"] = complete and error < 6e-3 and lse_error < 2e-3
     if not row["ok"]:
@@ -283,7 +283,7 @@ def _run_backward(item: Item, p: Problem, settings: AttentionSpec) -> dict[str, 
 
     expected = [x.float() for x in backward(*arguments)]
     errors = [relative_error(x, y) for x, y in zip(run(), expected, strict=True)]
-    row: dict[str, Any] = {"problem": item.problem, "variant": item.variant, "error": max(errors)}
+    row: dict[str, Any] = {"problem": item.problem, "variant": item.variant, "error": largest(errors)}
     if config is not None:
         row |= {"stages": config.stages} | asdict(config.schedule)
     row["ok"] = all(error < 6e-3 for error in errors)

@@ -20,7 +20,7 @@ from s2train.config import ParallelConfig
 from s2train.files import write_json
 from s2train.kernels.attention import block_sparse_attention
 from s2train.kernels.reference import reference_attention
-from s2train.kernels.relative_error import relative_error
+from s2train.kernels.relative_error import largest, relative_error
 from s2train.megatron import setup
 from s2train.megatron.context_parallel.all_gather import own_rows
 from s2train.scaling.cases import Case, Shape
@@ -60,7 +60,7 @@ def exactness(case: Case, shape: Shape, device: torch.device) -> dict[str, Any]:
         for mode, xs in found.items()
     }
     ranks: list[Any] = over_ranks(errors)
-    return {mode: {name: max(of_rank[mode][name] for of_rank in ranks) for name in NAMES} for mode in errors}
+    return {mode: {name: largest(of_rank[mode][name] for of_rank in ranks) for name in NAMES} for mode in errors}
 
 
 def main() -> None:

@@ -1,13 +1,15 @@
 """The benchmark on a CPU: what it measures, what it rejects, what it makes of the numbers."""
 
+import itertools
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from s2train.kernels import Layout, TopKLayout, block_sparse_attention
+from s2train.kernels import Layout, block_sparse_attention
 from s2train.kernels.benchmarks import contenders, run, run_time
 from s2train.kernels.benchmarks.__main__ import main
 from s2train.kernels.benchmarks.cases import DEFAULT, GROUPS, Case, parse_case, parse_cases
@@ -383,10 +385,15 @@ def test_run_time_layouts_are_timed_beside_the_static_one(tmp_path: Path) -> Non
     assert record["build"]["host_us"] > 0
 
 
-def test_run_time_layouts_with_other_results_get_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("call", "factor"), [(2, 1.1), (3, 1.1), (3, math.nan)])
+def test_run_time_layouts_with_other_results_get_no_time(
+    call: int, factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = itertools.count(1)
+
     def other(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout) -> torch.Tensor:
         out = block_sparse_attention(q, k, v, layout)
-        return out * 1.1 if isinstance(layout, TopKLayout) else out
+        return out * factor if next(calls) == call else out
 
     monkeypatch.setattr(run_time, "block_sparse_attention", other)
     ((case,), _) = split_words([RUN_TIME_WORD])
