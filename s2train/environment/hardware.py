@@ -4,7 +4,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -115,7 +115,10 @@ def detect_own() -> Hardware:
     Raises:
         ConfigError: as `detect`.
     """
-    return detect(_local_rank(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    of_machine, ranks = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("WORLD_SIZE", "1")
+    found = detect(_local_rank(), int(of_machine or "1"))
+    # Another launcher than torchrun may leave it out: the machine has other ranks then, nobody knows how many.
+    return found if of_machine or ranks == "1" else replace(found, per_machine=None)
 
 
 def open_device(dtype: torch.dtype | None = None) -> None:

@@ -7,6 +7,7 @@ import psutil
 import pytest
 import torch
 
+from s2train.environment import hardware
 from s2train.environment.apex import apex_available
 from s2train.environment.hardware import Hardware, detect, gpu_rates
 from s2train.errors import ConfigError
@@ -48,6 +49,18 @@ def test_a_gpu_is_named_and_not_shared() -> None:
     assert found.memory == torch.cuda.mem_get_info(0)[1]
     with pytest.raises(ConfigError, match="--nproc-per-node"):
         detect(0, torch.cuda.device_count() + 1)
+
+
+@pytest.mark.parametrize(("ranks", "of_machine", "known"), [("1", None, 1), ("16", "8", 8), ("16", None, None)])
+def test_ranks_of_a_machine_are_unknown_if_their_launcher_does_not_say(
+    ranks: str, of_machine: str | None, known: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "detect", lambda _, local: Hardware("GPU", "cuda", 0, per_machine=local))
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if of_machine is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", of_machine)
+    assert hardware.detect_own().per_machine == known
 
 
 @pytest.fixture
