@@ -6,7 +6,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from s2train.kernels.relative_error import relative_error
+from s2train.kernels.relative_error import largest, relative_error
 from s2train.kernels.select_blocks import reference_select_blocks
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -326,7 +326,7 @@ def decoding(prompt: Tensor, steps: int, chunk: int, **settings: Any) -> dict[st
             logits += [model.decode(token) for token in following]
         whole = logits_of(gpt, tokens)
         expected = [whole[range(BATCH), (prompt - 1 + step).tolist()] for step in range(steps + 1)]
-        found[name] = max(map(relative_error, logits, expected))
+        found[name] = largest(map(relative_error, logits, expected))
     return found
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from s2train.kernels.interpreter import repair_interpreter
-from s2train.kernels.relative_error import relative_error
+from s2train.kernels.relative_error import largest, relative_error
 from torch import Tensor
 
 from s2train.config import ModelConfig, ParallelConfig, PretrainConfig, TrainConfig
@@ -80,7 +80,7 @@ def error(gpt: GPTModel, cfg: PretrainConfig) -> float:
     projected = seen["projected"].view(LENGTH, 2, groups, (per_group + 2) * HEAD)
     query, key, _ = projected.split([per_group * HEAD, HEAD, HEAD], -1)
     expected = [rotated(query.reshape(LENGTH, 2, -1, HEAD), cfg), rotated(key, cfg)]
-    return max(relative_error(x, y) for x, y in zip(seen["turned"], expected, strict=True))
+    return largest(relative_error(x, y) for x, y in zip(seen["turned"], expected, strict=True))
 
 
 @torch.no_grad()
