@@ -45,7 +45,8 @@ def report(sweep_dir: Path, console: Console | None = None) -> bool:
     results = [Result(job, job.summary()) for job in read_record(sweep_dir)]
     if not results:
         return True
-    console.print(table(results))
+    for table in tables(results):
+        console.print(table)
     _write_csv(results, sweep_dir / "sweep.csv")
     written = [sweep_dir / "sweep.csv"]
     if points := [point for result in results if (point := _point(result)) is not None]:
@@ -74,13 +75,19 @@ def _best(jobs: list[Job]) -> str | None:
     return f"best of {len(losses)}: {job.label} | {job.loss_text()} | {job.folder}"
 
 
-def table(results: list[Result]) -> Table:
-    """Build a table with one row per job, in order.
+def tables(results: list[Result]) -> list[Table]:
+    """Build tables with a row per job, in order.
 
-    It shows what is planned if no job has reported anything, and else what was measured.
+    If a job has reported something, the first shows what was measured, and planned jobs follow in another.
     """
     if all(result.summary is None for result in results):
-        return _planned([result.job for result in results])
+        return [_planned([result.job for result in results])]
+    planned = [result.job for result in results if result.job.status is Status.PLANNED]
+    others = [result for result in results if result.summary is not None or result.job.status is not Status.PLANNED]
+    return [_measured(others), *([_planned(planned)] if planned else [])]
+
+
+def _measured(results: list[Result]) -> Table:
     made = Table("job", "status", "layers", "density", "steps", "loss", *HEADINGS, "ms/step", "tokens/s")
     for result in results:
         job, s = result.job, result.summary

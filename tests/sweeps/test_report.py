@@ -113,6 +113,15 @@ def test_a_planned_sweep_shows_memory_and_predicted_speed(tmp_path: Path) -> Non
     assert {name: float(row[name]) for name in planned} == planned
 
 
+def test_jobs_planned_beside_measured_ones_show_what_is_planned_too(tmp_path: Path) -> None:
+    planned = Job(tmp_path / "b", "layout=b", {}, [], "D", 1.0, status=Status.PLANNED, predicted_step_time_s=4.0)
+    write_record(tmp_path, [made(tmp_path, "a", 1), planned])
+    text = printed(tmp_path)[1]
+    measured, _, plans = text.partition("predicted ms/step")
+    assert ("500" in measured, "layout=a" in measured, "layout=b" in measured) == (True, True, False)
+    assert ("4,000" in plans, "layout=a" in plans, "layout=b" in plans) == (True, False, True)
+
+
 @pytest.mark.parametrize(("batches", "noted"), [((8, 8), False), ((8, 16), True)])
 def test_held_out_losses_over_different_tokens_are_noted(tmp_path: Path, batches: tuple[int, int], noted: bool) -> None:
     jobs = [made(tmp_path, "a", seed) for seed in (1, 2)]
