@@ -15,7 +15,7 @@
 #   MAX_RESTARTS    restarts of a node's ranks after a failure on any node (3)
 #                   Failures that would repeat are not restarted: rejected settings, a diverged loss.
 #   JOIN_TIMEOUT    seconds that the nodes wait for each other (900)
-#   SAVE_SECONDS    for ranks to save and exit after SIGTERM or SIGUSR1, before they are killed (240)
+#   SAVE_SECONDS    after SIGTERM or SIGUSR1 until ranks are killed: up to two steps, and the save (240)
 #   LOG_DIR         folder for the whole output of each rank; the console shows local rank 0 (runs/logs/JOB_ID)
 #   PYTHON          interpreter (python3)
 set -euo pipefail

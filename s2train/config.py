@@ -528,7 +528,7 @@ class LocalSweepConfig(SweepConfig):
     _target_: str = "hydra_plugins.s2train.LocalLauncher"
     n_jobs: int = 1  # jobs that run at the same time
     split_gpus: bool = True  # give each concurrent job different GPUs
-    grace_s: float = 30.0  # seconds for an interrupted job to save and exit
+    grace_s: float = 30.0  # seconds for an interrupted job to end up to two steps, save and exit
 
 
 @dataclass

@@ -4,7 +4,8 @@
 # The job needs `--signal=B:USR1@300`. This script forwards SIGUSR1 to the command, whose ranks save and stop. It then
 # requeues the job, which resumes from the checkpoint. Cancelled and failed jobs are not requeued; after a node failure
 # Slurm itself requeues the job (`--requeue`).
-# SAVE_SECONDS: time for the ranks to save, out of the 300 s (240). Then they are killed, and the job is still requeued.
+# SAVE_SECONDS: time for up to two steps and the save, out of the 300 s (240). Then the ranks are killed, and the job is
+# still requeued.
 set -uo pipefail
 export PET_SHUTDOWN_TIMEOUT=${SAVE_SECONDS:-240}
 
