@@ -25,8 +25,13 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def check_output(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
     """End the program with an error if the output exists."""
-    if given.output.exists():
-        parser.error(f"{given.output} exists: results are not overwritten, name another --output")
+    check_new(parser, given.output, "--output")
+
+
+def check_new(parser: argparse.ArgumentParser, path: Path | None, option: str) -> None:
+    """End the program with an error if an option's file exists."""
+    if path is not None and path.exists():
+        parser.error(f"{path} exists: results are not overwritten, name another {option}")
 
 
 def check_device(

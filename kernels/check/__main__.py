@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import triton
 
-from ..benchmarks.program import write_results
+from ..benchmarks.program import check_new, write_results
 from ..provenance import origin
 from ..workers import run_tasks, serve
 from .cases import CASES, QUICK_TIMINGS, TIMINGS, Case, Timing, case_names
@@ -45,6 +45,7 @@ def main() -> int:
     if args.worker:
         serve(_run_one)
         return 0
+    check_new(parser, args.json, "--json")
     if not torch.cuda.is_available():
         print("no CUDA device: the interpreted kernels are checked by `pytest tests/kernels`", file=sys.stderr)
         return 1

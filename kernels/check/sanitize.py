@@ -29,7 +29,7 @@ from typing import Any
 import torch
 import triton
 
-from ..benchmarks.program import write_results
+from ..benchmarks.program import check_new, write_results
 from .sanitize_cases import CASES, DONE
 from .sanitize_report import KERNELS, parse
 
@@ -155,8 +155,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=5, help="processes that share the GPU")
     parser.add_argument("--out", type=Path, default=Path(f"{today}-sanitizer.json"), help="JSON")
     args = parser.parse_args(arguments)
-    if args.out.exists():
-        parser.error(f"{args.out} exists: results are not overwritten, name another --out")
+    check_new(parser, args.out, "--out")
     return args
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .. import spec
 from ..backward import backward
-from ..benchmarks.program import write_results
+from ..benchmarks.program import check_new, write_results
 from ..check.poison import nan_filled
 from ..forward import forward
 from ..layout import BlockLayout
@@ -132,6 +132,7 @@ def main() -> int:
         problems: dict[Any, Problem] = {}
         serve(lambda task: _run_item(Item(**task), problems))
         return 0
+    check_new(parser, args.json, "--json")
     started = time.monotonic()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}", flush=True)
     command = ["-m", "s2train.kernels.hopper.tune", "--worker"]

@@ -1,6 +1,8 @@
 """The check that is carried to a GPU, on the interpreter."""
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -98,3 +100,15 @@ def test_cases_without_memory_beside_others_are_checked_again_alone(monkeypatch:
     assert [row["ok"] for row in rows] == [True, True, True]
     assert rows[1]["first_error"].startswith("OutOfMemoryError")
     assert saved == [1, 2, 3, 3]
+
+
+@pytest.mark.parametrize("name", ["check.__main__", "hopper.tune"])
+def test_results_are_not_overwritten(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = pytest.importorskip(f"s2train.kernels.{name}")
+    (tmp_path / "found.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", [name, "--json", str(tmp_path / "found.json")])
+    with pytest.raises(SystemExit, match="2"):
+        module.main()
+    assert "results are not overwritten, name another --json" in capsys.readouterr().err
