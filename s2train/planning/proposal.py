@@ -36,7 +36,7 @@ def propose(cfg: PretrainConfig) -> Search:
     gpus, cfg = _number(cfg), _undivided(cfg)
     hybrid = hybrid_layout(cfg)
     check_planned_machine(cfg, hybrid, gpus, hardware)
-    divided = replace(cfg.parallel, tp=2, sequence_parallel=True)
+    divided = replace(cfg.parallel, tp=min(gpus, 2), sequence_parallel=True)
     check_overlap(replace(cfg, parallel=divided), 2, hardware)  # else each division with tp above 1 would be rejected
     _check_predictable(cfg, hybrid, hardware)
     found = search(cfg, hybrid, gpus, hardware)

@@ -72,6 +72,10 @@ def test_overlap_that_the_gpus_can_not_serve_is_rejected() -> None:
     assert 2 in {candidate.sizes[0] for candidate in proposed(*overlap, H100).fitting}
 
 
+def test_one_gpu_overlaps_nothing_so_that_any_will_do() -> None:
+    assert proposed("+model=125m_hybrid", "plan.gpus=1", "parallel.tp_comm_overlap=true", "plan.device=l40s").fitting
+
+
 def test_a_long_context_on_eight_machines_is_divided() -> None:
     found = proposed("+model=7b_hybrid", "train.seq_length=131072", "plan.gpus=64", H100)
     assert len({candidate.sizes for candidate in found.fitting}) > 40
