@@ -56,7 +56,7 @@ class Job:
         last_step: step at which the run is finished.
         error: why the job was rejected or failed, in one line.
         is_earlier: whether an earlier sweep into the same folder ran it.
-        planned_memory_gib: peak memory of the fullest rank; None if the settings were rejected.
+        planned_memory_gib: peak memory of the fullest rank; None before it is planned.
         predicted_step_time_s, predicted_tokens_per_s: of the plan; None if it predicts no time.
     """
 
