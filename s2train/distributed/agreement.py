@@ -3,14 +3,23 @@
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 T = TypeVar("T")
 
 
+def take_maximum(values: Tensor) -> Tensor:
+    """Replace each value by its maximum over all ranks.
+
+    A collective; the host doesn't wait for the GPU. Returns `values`.
+    """
+    torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
+    return values
+
+
 def max_over_ranks(*values: int) -> list[int]:
     """Return each non-negative number's maximum over all ranks; a collective."""
-    box = torch.tensor(values, dtype=torch.int64, device=torch.cuda.current_device())
-    torch.distributed.all_reduce(box, op=torch.distributed.ReduceOp.MAX)
+    box = take_maximum(torch.tensor(values, dtype=torch.int64, device=torch.cuda.current_device()))
     return [int(value) for value in box.tolist()]
 
 

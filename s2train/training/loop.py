@@ -20,6 +20,7 @@ from s2train.checkpoints.run_state import Saver, TrainingState
 from s2train.config import PretrainConfig
 from s2train.costs.memory import GIB, Memory
 from s2train.costs.phases import Phase, mean_flops
+from s2train.distributed.agreement import take_maximum
 from s2train.errors import DivergedError, StoppedBySignal
 from s2train.megatron.block_attention import kernels_of
 from s2train.megatron.teacher import Teacher
@@ -308,9 +309,7 @@ class Trainer:
             Float64 [2].
         """
         is_bad = ~results.isfinite().all(dim=0, keepdim=True)
-        found = torch.cat([is_bad.double(), results.new_full((1,), self.signals.received)])
-        torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
-        return found
+        return take_maximum(torch.cat([is_bad.double(), results.new_full((1,), self.signals.received)]))
 
     def _skip(self, step: int, loss: float, grad_norm: float, consumed: int, size: int) -> None:
         self.loss_history = self.loss_history.after_skip()
