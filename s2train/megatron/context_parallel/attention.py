@@ -1,7 +1,7 @@
 """Attention of this rank's queries over kept key blocks from any rank."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +10,8 @@ from s2train.kernels.layout import BlockLayout
 from s2train.megatron.context_parallel.all_gather import chunk_ids, gather_seen
 from s2train.megatron.context_parallel.exchange_plan import ExchangePlan, exchange_plan
 from s2train.megatron.context_parallel.kv_exchange import KVExchange
+
+T = TypeVar("T")
 
 
 class Attend(Protocol):
@@ -68,7 +70,7 @@ def attend_after_exchange(
     exchange = KVExchange(rank_exchange_plan(layout, key.shape[2], group), layout.block_size, group)
     keys, values = exchange.receive(*exchange.send(key, value), before_own=True)
     offset = exchange.plan.slots * layout.block_size
-    out = attend(query, keys, values, _whole(layout, exchange.plan), offset, return_lse=False)
+    out = attend(query, keys, values, _cached(ExchangePlan.whole, exchange.plan, layout), offset, return_lse=False)
     assert isinstance(out, Tensor)
     return out
 
@@ -87,7 +89,7 @@ def attend_overlapped(
     written twice, so this is faster only if the exchange takes longer than that.
     """
     exchange = KVExchange(rank_exchange_plan(layout, key.shape[2], group), layout.block_size, group)
-    own, remote = _apart(layout, exchange.plan)
+    own, remote = _cached(ExchangePlan.apart, exchange.plan, layout)
     key, value = exchange.send(key, value)
     near = attend(query, key, value, own, 0, return_lse=True)
     far_key, far_value = exchange.receive(key, value)
@@ -119,20 +121,10 @@ def rank_exchange_plan(layout: BlockLayout, num_kv_heads: int, group: torch.dist
     return plan
 
 
-def _whole(layout: BlockLayout, plan: ExchangePlan) -> BlockLayout:
-    """Return `plan.whole`; cached in the layout."""
-    name = ("context parallel layout", plan)
+def _cached(make: Callable[[ExchangePlan, BlockLayout], T], plan: ExchangePlan, layout: BlockLayout) -> T:
+    """Return `make(plan, layout)`; cached in the layout."""
+    name = (make, plan)
     if name not in layout.cache:
-        layout.cache[name] = plan.whole(layout)
-    found = layout.cache[name]
-    assert isinstance(found, BlockLayout)
+        layout.cache[name] = make(plan, layout)
+    found: T = layout.cache[name]
     return found
-
-
-def _apart(layout: BlockLayout, plan: ExchangePlan) -> tuple[BlockLayout, BlockLayout]:
-    """Return `plan.apart`; cached in the layout."""
-    name = ("context parallel layouts apart", plan)
-    if name not in layout.cache:
-        layout.cache[name] = plan.apart(layout)
-    own, remote = layout.cache[name]
-    return own, remote
