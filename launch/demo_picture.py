@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from s2train.needles.heat_map import SCORE_COLOURS, percent
 from s2train.needles.results import NeedleResults, load_results
+from s2train.pictures.png import write_png
 
 
 def draw(evaluations: dict[str, NeedleResults], path: Path) -> None:
@@ -47,7 +48,7 @@ def draw(evaluations: dict[str, NeedleResults], path: Path) -> None:
     figure.suptitle(
         "Needle retrieval: seven digits by their key, both never trained on", fontweight="bold", fontsize=11
     )
-    figure.savefig(path, format="png")
+    write_png(figure, path)
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from s2train.errors import USAGE_STATUS, ConfigError
 from s2train.files import output_stem, write_json
 from s2train.needles.heat_map import SCORE_COLOURS
 from s2train.needles.results import Cell, load_results, results_from
+from s2train.pictures.png import write_png
 from s2train.study.recall import recall_curve
 from s2train.training.records import last_evaluation, read_records
 
@@ -149,7 +150,7 @@ def draw(variants: dict[str, dict[str, Any]], path: Path) -> None:
         label = label_of(name, variants[name])
         title = f"{label}: {100 * grid.score.share:.1f} %" if grid.score else label
         axes.set_title(f"{title}\n{describe_reach(grid.asked)}".rstrip(), fontsize=8)
-    figure.savefig(path, format="png")
+    write_png(figure, path)
 
 
 def read_earlier(file: Path) -> dict[str, dict[str, Any]]:
