@@ -171,20 +171,27 @@ def steps_on_an_h200() -> Iterator[tuple[str, list[str], dict]]:
         yield f"1B {name}", row["settings"], found
 
 
+def settings_of_the_study(variant: str, phase: str, gpus: int = 1, loss: str = "in_place") -> list[str]:
+    """Settings of a run of 131,072 tokens a step."""
+    length = PHASES[phase].length
+    sequences = 131_072 // length
+    return [
+        *MODEL,
+        *attention_settings(variant, PHASES[phase]),
+        f"train.seq_length={length}",
+        f"train.global_batch_size={sequences}",
+        f"train.micro_batch_size={micro_batch(length, sequences, gpus)}",
+        *("dense_attention=fa4", "elementwise=liger", f"loss={loss}"),
+    ]
+
+
 def steps_of_the_study(path: Path) -> Iterator[tuple[str, list[str], dict]]:
     """Name, settings and record of each measured by `launch/quality_study.py speed` that is no window."""
-    kernels = ["dense_attention=fa4", "elementwise=liger", "loss=liger" if "11-28" in path.name else "loss=in_place"]
+    loss = "liger" if "11-28" in path.name else "in_place"
     for name, row in json.loads(path.read_text())["rows"].items():
         variant, phase, _ = name.rsplit("-", 2)
         if not variant.startswith("window"):
-            length = PHASES[phase].length
-            sequences = 131_072 // length
-            settings = [
-                f"train.seq_length={length}",
-                f"train.global_batch_size={sequences}",
-                f"train.micro_batch_size={micro_batch(length, sequences, gpus=1)}",
-            ]
-            yield name, [*MODEL, *attention_settings(variant, PHASES[phase]), *settings, *kernels], row
+            yield name, settings_of_the_study(variant, phase, loss=loss), row
 
 
 def runs_of_the_study() -> Iterator[tuple[str, list[str], int, dict]]:
@@ -192,19 +199,9 @@ def runs_of_the_study() -> Iterator[tuple[str, list[str], int, dict]]:
     folder = RESULTS / "2026-11-29-h200-quality-125m"
     for path in sorted(folder.glob("*-seed?.json")):
         found = json.loads(path.read_text())
-        variant, sequences = found["run"]["variant"], found["recipe"]["batch_tokens"] // 16384
-        settings = [
-            "train.seq_length=16384",
-            f"train.global_batch_size={sequences}",
-            f"train.micro_batch_size={micro_batch(16384, sequences, found['gpus'])}",
-            *("dense_attention=fa4", "elementwise=liger", "loss=in_place"),
-        ]
-        yield (
-            path.stem,
-            [*MODEL, *attention_settings(variant, PHASES["16k"]), *settings],
-            found["gpus"],
-            found["summary"],
-        )
+        assert found["recipe"]["batch_tokens"] == 131_072
+        run, gpus = found["run"], found["gpus"]
+        yield path.stem, settings_of_the_study(run["variant"], run["phase"], gpus), gpus, found["summary"]
     for name, settings, row in steps_of_the_study(folder / "speed.json"):
         yield f"{name} seed2, cut", settings, 1, row
 
