@@ -18,7 +18,6 @@ written to ROOT/VARIANT/programs.jsonl.
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from rich.table import Table
 
 from s2train.costs.prediction import ModelCosts, model_costs
 from s2train.environment.cores import available_cores
+from s2train.needles.recipe import PHASES, Phase, document_settings, evaluation_settings
 from s2train.planning import compose_run, hybrid_layout
 from s2train.sweeps.jobs import changed_setting
 
@@ -37,63 +37,12 @@ LAUNCH = Path(__file__).parent
 # Hybrids of other kinds of attention; no step of them was measured, so none is predicted.
 UNPREDICTED = ("moba", "index", "sea", "hyper")
 VARIANTS = ("hybrid", "dense", "sparse_shifted", "sparse_homogeneous", "hybrid_homogeneous", *UNPREDICTED)
-DEPTHS = [n / 10 for n in range(11)]
 GRID = (8192, 16384, 32768, 65536, 131072)  # lengths of `evaluate`
 CURVE = (8192, 32768)  # lengths of `curve`
 # Lengths of `extend`, which continues the first phase: within its 512 tokens some frequencies make few turns. Within
 # 32,768 tokens even the slowest of this model makes 70, and YaRN would change none.
 EXTENDED = (2048, 8192)
 HELD_OUT = 0.02  # share of the documents, for the loss after each phase
-
-
-@dataclass(frozen=True)
-class Phase:
-    """Training at one length.
-
-    Attributes:
-        length: tokens per document, which is one sequence.
-        batch: sequences per step, in micro batches of `micro`.
-        steps: steps of this phase.
-        share: range of the share of a document's tokens in facts and questions.
-        facts: range of the number of different keys in a document.
-        questions_last: share of documents that ask only at the end, for look-ups over all distances.
-        blend: names of SOURCES with their weights.
-    """
-
-    length: int
-    batch: int
-    micro: int
-    steps: int
-    share: tuple[float, float]
-    facts: tuple[int, int]
-    questions_last: float = 0.5
-    blend: tuple[tuple[str, float], ...] = (("noise", 0.6), ("text", 0.15), ("lines", 0.25))
-
-    @property
-    def name(self) -> str:
-        return f"{self.length}"
-
-    @property
-    def samples(self) -> int:
-        return self.batch * self.steps
-
-
-# The model learns look-ups at 512 tokens, where documents have the most of them. Longer distances are then no harder
-# (see conf/model/size/needle.yaml), but the growing amount of filler is. A long document is a whole step, so these
-# phases use no text: its gradients would drown those of the facts.
-_FACTS_ALONE = (("noise", 0.7), ("lines", 0.3))
-PHASES = (
-    Phase(512, 64, 64, 7000, (0.1, 1.0), (1, 32), 0.0),
-    Phase(2048, 32, 32, 400, (0.05, 1.0), (1, 64)),
-    Phase(8192, 8, 8, 300, (0.02, 0.6), (1, 256)),
-    Phase(32768, 4, 4, 250, (0.03, 0.3), (1, 512), 0.5, _FACTS_ALONE),
-    Phase(131072, 1, 1, 250, (0.03, 0.1), (1, 512), 0.5, _FACTS_ALONE),
-)
-SOURCES = {
-    "noise": ("needles.task=recall", "needles.haystack=noise"),
-    "text": ("needles.task=recall", "needles.haystack=bundled"),
-    "lines": ("needles.task=recall_lines", "needles.haystack=noise"),
-}
 
 
 def last_step(number: int) -> int:
@@ -117,24 +66,14 @@ def data_index(root: Path, phase: Phase, name: str) -> Path:
 def data_commands(root: Path, phase: Phase) -> list[list[str]]:
     """Return the commands that make a phase's documents, one per source."""
     commands = []
-    for number, (name, weight) in enumerate(phase.blend):
-        output = data_prefix(root, phase, name)
+    for number, (name, _) in enumerate(phase.blend):
         makes_tokenizer = phase is PHASES[0] and number == 0
         commands.append(
             [
                 str(LAUNCH / "prepare_data.py"),
-                "input=needles",
-                f"output={output}",
+                f"output={data_prefix(root, phase, name)}",
                 "tokenizer=bpe:1024" if makes_tokenizer else f"tokenizer={tokenizer(root)}",
-                f"needles.length={phase.length}",
-                # a few more than are drawn, and at least two in the held-out part
-                f"needles.documents={int(phase.samples * weight * 1.01 / (1 - HELD_OUT)) + 100}",
-                f"needles.share={list(phase.share)}",
-                f"needles.facts={list(phase.facts)}",
-                f"needles.questions_last={phase.questions_last}",
-                f"seed={1000 + phase.length + number}",
-                "overwrite=true",
-                *SOURCES[name],
+                *document_settings(phase, name, HELD_OUT),
             ]
         )
     return commands
@@ -177,21 +116,8 @@ def train_command(root: Path, variant: str, number: int, under_yarn: bool = Fals
 
 
 def needle_command(checkpoint: Path, lengths: list[int], trials: int, output: Path) -> list[str]:
-    """Return the command that evaluates a checkpoint at eleven depths.
-
-    Args:
-        trials: at each depth.
-    """
-    return [
-        str(LAUNCH / "needle.py"),
-        f"checkpoint={checkpoint}",
-        f"lengths={lengths}",
-        f"depths={DEPTHS}",
-        f"trials={trials}",
-        f"batch_size={trials}",
-        "batch_tokens=131072",
-        f"output={output}",
-    ]
+    """Return the command that evaluates a checkpoint at all depths, with `trials` at each."""
+    return [str(LAUNCH / "needle.py"), *evaluation_settings(checkpoint, lengths, trials, output)]
 
 
 def curve_commands(checkpoints: Sequence[Path]) -> list[list[str]]:
