@@ -5,14 +5,14 @@ python launch/quality_study.py sweep                   learning rate and batch, 
 python launch/quality_study.py speed hybrid            throughput and memory of a run's first steps
 python launch/quality_study.py plan                    tokens, predicted and measured seconds and memory of every run
 python launch/quality_study.py train hybrid window     one run per variant, one after the other
-python launch/quality_study.py evaluate hybrid         long-range probes of a trained run
+python launch/quality_study.py evaluate hybrid         long-range probes of a trained run; 16k-needles: needle tasks
 python launch/quality_study.py report                  tables, pictures and verdicts of all results
                       each: --root runs/quality  --minutes 9; of a variant: --phase 16k  --seed 1  --gpu 0
                       train --shared-gpu: other programs run on this GPU, so the run's times are not reported
 
 Run an action again to resume it where it stopped, as it does when --minutes are over. Runs whose result is in
 ROOT/results are not trained again. Settings, such as tracking.wandb=auto, go to the program that an action starts:
-make_corpus.py (data), pretrain.py (sweep, speed, train) or probes.py (evaluate).
+make_corpus.py (data), pretrain.py (sweep, speed, train), probes.py or needle.py (evaluate).
 """
 
 import argparse
@@ -32,6 +32,7 @@ from s2train.errors import ConfigError
 from s2train.planning import compose_run
 from s2train.study import speed, sweep
 from s2train.study.files import Folders, check_corpus, check_data, check_held_out, check_same_split, record_split
+from s2train.study.needles import needle_command, save_needles
 from s2train.study.plan import plan_table
 from s2train.study.report import write_report
 from s2train.study.results import save_result
@@ -39,6 +40,7 @@ from s2train.study.settings import (
     Recipe,
     corpus_command,
     data_commands,
+    document_commands,
     probes_command,
     steps_of,
     train_command,
@@ -49,6 +51,13 @@ from s2train.sweeps.jobs import changed_setting
 
 ACTIONS = ("data", "sweep", "speed", "plan", "train", "evaluate", "report")
 OF_VARIANTS = ("speed", "train", "evaluate")
+
+
+def make_documents(folders: Folders, run: Run, recipe: Recipe, deadline: Deadline) -> None:
+    """Make the needle documents that a run trains on, if they are missing."""
+    for index, command in document_commands(folders, run, recipe):
+        if not index.is_file():
+            deadline.run(command)
 
 
 def make_data(folders: Folders, tree: Path | None, settings: Sequence[str], deadline: Deadline) -> None:
@@ -93,6 +102,7 @@ def measure_speed(
         print(f"{speed.key(run, gpus)}: there is a result in {folders.speed}")
         return
     check_data(folders)
+    make_documents(folders, run, recipe, deadline)
     own = [*speed.speed_settings(folders, run, recipe, gpus), *settings]
     deadline.run(train_command(folders, own, gpus), folders.root / "programs.jsonl")
     row = speed.record(folders, run, gpus)
@@ -148,6 +158,7 @@ def train(
     own = [*train_settings(folders, run, recipe, gpus), *settings]
     checkpoint = last_checkpoint(folders, run, recipe)
     if not checkpoint.is_dir() or damage(checkpoint):
+        make_documents(folders, run, recipe, deadline)
         deadline.run(train_command(folders, own, gpus), folders.root / "programs.jsonl")
     elif (before := changed_setting(folders.run(run), compose_run(own))) is not None:
         remedy = "Give the settings that it was trained with, or move the folder away"
@@ -167,17 +178,23 @@ def train(
 
 
 def evaluate(folders: Folders, run: Run, settings: Sequence[str], deadline: Deadline) -> None:
-    """Probe a trained run that was not probed."""
-    if folders.probes(run).is_file():
-        print(f"{run.name}: there is a result, {folders.probes(run)}")
+    """Probe a trained run that was not probed: for needles after a phase of needle documents."""
+    needles = PHASES[run.phase].needles
+    found = folders.needles(run) if needles else folders.probes(run)
+    if found.is_file():
+        print(f"{run.name}: there is a result, {found}")
         return
-    check_held_out(folders)
-    check_same_split(folders)
+    if not needles:
+        check_held_out(folders)
+        check_same_split(folders)
     if not folders.result(run).is_file():
         which = f"{run.variant} --phase {run.phase} --seed {run.seed} --root {folders.root}"
         remedy = f"Train it first: python launch/quality_study.py train {which}"
         raise ConfigError("variant", run.variant, f"{run.name} is not trained", remedy)
-    deadline.run([*probes_command(folders, run), *settings], folders.root / "programs.jsonl")
+    command = needle_command(folders, run) if needles else probes_command(folders, run)
+    deadline.run([*command, *settings], folders.root / "programs.jsonl")
+    if needles:
+        print(save_needles(folders, run))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -17,8 +17,8 @@ class Folders:
     ROOT/corpus/                  train.jsonl, held-out.jsonl, corpus.json
     ROOT/data/                    tokenized splits, the tokenizer, corpus.json of the split they were made of
     ROOT/runs/RUN/                run folders
-    ROOT/results/RUN.json         results of training; RUN-probes.json: of the probes; sweep.json: what the sweep chose;
-                                  speed.json: throughput of first steps
+    ROOT/results/RUN.json         results of training; RUN-probes.json: of the probes; RUN-needles.json: of needle
+                                  tasks; sweep.json: what the sweep chose; speed.json: throughput of first steps
     """
 
     root: Path
@@ -75,6 +75,9 @@ class Folders:
 
     def probes(self, run: Run) -> Path:
         return self.results / f"{run.name}-probes.json"
+
+    def needles(self, run: Run) -> Path:
+        return self.results / f"{run.name}-needles.json"
 
 
 def check_corpus(folders: Folders) -> None:

@@ -8,6 +8,7 @@ from s2train.study import speed
 from s2train.study.comparison import Group, by_device, common_gpu_seconds, find_baseline, groups
 from s2train.study.files import Folders
 from s2train.study.guidelines import guidelines_section
+from s2train.study.needle_table import needle_section
 from s2train.study.picture import draw_by_position
 from s2train.study.results import read_results
 from s2train.study.speed_picture import draw_by_speed, with_speed
@@ -22,26 +23,38 @@ RECALL_ROWS = 7  # steps in the table of recall
 def write_report(folders: Folders) -> list[Path]:
     """Write ROOT/quality.md and its pictures.
 
-    quality.png shows loss by position. quality-speed.png shows loss against throughput, if there is one.
+    quality.png shows loss by position. quality-speed.png shows loss against throughput, if there is one. Phases of
+    needle documents have a table alone.
 
     Raises:
         ConfigError: there are no results, or a file can't be read.
     """
     grouped = groups(read_results(folders), speed.read(folders))
+    compared, on_needles = (
+        {name: own for name, own in grouped.items() if PHASES[name].needles == needles} for needles in (False, True)
+    )
     text, picture, by_speed = (folders.root / f"{NAME}{end}" for end in (".md", ".png", "-speed.png"))
-    draw_by_position(grouped, picture)
-    has_speed = bool(with_speed(grouped))
-    if has_speed:
-        draw_by_speed(grouped, by_speed)
-    else:
-        by_speed.unlink(missing_ok=True)  # of results that are gone
+    drawn = {picture: draw_by_position} if compared else {}
+    if with_speed(compared):
+        drawn[by_speed] = draw_by_speed
+    for path in {picture, by_speed}.difference(drawn):
+        path.unlink(missing_ok=True)  # of results that are gone
+    for path, draw in drawn.items():
+        draw(compared, path)
     with replacing(text) as temporary:
-        temporary.write_text(report(grouped, picture.name, by_speed.name))
-    return [text, picture, by_speed] if has_speed else [text, picture]
+        temporary.write_text(report(compared, on_needles, picture.name, by_speed.name))
+    return [text, *drawn]
 
 
-def report(grouped: Mapping[str, Sequence[Group]], picture: str, by_speed: str) -> str:
-    """Format the report as Markdown."""
+def report(
+    grouped: Mapping[str, Sequence[Group]], on_needles: Mapping[str, Sequence[Group]], picture: str, by_speed: str
+) -> str:
+    """Format the report as Markdown.
+
+    Args:
+        grouped: phases of which losses are compared.
+        on_needles: phases of needle documents.
+    """
     parts = ["# Quality study\n"]
     if with_speed(grouped):
         parts.append(
@@ -50,14 +63,17 @@ def report(grouped: Mapping[str, Sequence[Group]], picture: str, by_speed: str) 
         )
     if lacking := _lacking_speed(grouped):
         parts.append(f"No throughput to compare was measured, and loss against tokens/s is not drawn: {lacking}.\n")
-    parts.append(
-        f"![Held-out loss by position, a panel per phase]({picture})\n\n"
-        "Losses by position are drawn less those of the dense run of the same seed. Bars span the seeds, and labels\n"
-        "have the mean over all positions.\n"
-    )
+    if grouped:
+        parts.append(
+            f"![Held-out loss by position, a panel per phase]({picture})\n\n"
+            "Losses by position are drawn less those of the dense run of the same seed. Bars span the seeds, and\n"
+            "labels have the mean over all positions.\n"
+        )
     parts += [_phase(name, own) for name, own in grouped.items()]
+    parts += [needle_section(name, own) for name, own in on_needles.items()]
     parts.append(guidelines_section(grouped))
-    there = {result.run for own in grouped.values() for group in own for result in group.results}
+    everything = [*grouped.values(), *on_needles.values()]
+    there = {result.run for own in everything for group in own for result in group.results}
     if missing := [run.name for run in RUNS if run not in there]:
         parts.append(f"Runs without a result: {', '.join(missing)}.\n")
     return "\n".join(parts)

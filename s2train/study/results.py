@@ -31,6 +31,7 @@ class Result:
         device: GPU model; None in files that don't name it.
         recall: of selected blocks; empty without them.
         probes: content of RUN-probes.json; None: not probed.
+        needles: tasks of RUN-needles.json, with their cells; None: not asked for.
     """
 
     run: Run
@@ -45,6 +46,7 @@ class Result:
     device: str | None = None
     recall: tuple[Recall, ...] = ()
     probes: dict[str, Any] | None = None
+    needles: dict[str, Any] | None = None
 
     @property
     def loss(self) -> float:
@@ -113,7 +115,9 @@ def read_results(folders: Folders) -> list[Result]:
     """
     skipped = {folders.sweep.name, folders.speed.name}
     paths = sorted(
-        path for path in folders.results.glob("*.json") if path.name not in skipped and "-probes" not in path.name
+        path
+        for path in folders.results.glob("*.json")
+        if path.name not in skipped and not path.stem.endswith(("-probes", "-needles"))
     )
     if not paths:
         remedy = f"Run python launch/quality_study.py train VARIANT --root {folders.root}"
@@ -125,7 +129,7 @@ def _read(folders: Folders, path: Path) -> Result:
     try:
         content = json.loads(path.read_text())
         run = Run(**content["run"])
-        probes = folders.probes(run)
+        probes, needles = folders.probes(run), folders.needles(run)
         return Result(
             run=run,
             gpus=content["gpus"],
@@ -140,6 +144,7 @@ def _read(folders: Folders, path: Path) -> Result:
             device=content.get("environment", {}).get("device"),
             recall=tuple(Recall(**one) for one in content.get("recall", ())),
             probes=json.loads(probes.read_text()) if probes.is_file() else None,
+            needles=json.loads(needles.read_text())["tasks"] if needles.is_file() else None,
         )
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError("root", path, f"is no result of this study ({error})", "Move the file away") from error

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from s2train.study.files import Folders
-from s2train.study.variants import PHASES, Run, attention_settings, has_warm_up
+from s2train.study.needles import needle_blend, needle_documents
+from s2train.study.variants import PHASES, Phase, Run, attention_settings, has_warm_up
 
 VOCABULARY = 32768
 EVALUATIONS = 10  # of the held-out loss, in a run
@@ -52,28 +53,34 @@ def data_commands(folders: Folders) -> list[tuple[Path, list[str]]]:
 def steps_of(run: Run, recipe: Recipe) -> tuple[int, int]:
     """Steps before the run's phase, and at its end."""
     phase = PHASES[run.phase]
-    before = 0 if run.before is None or phase.from_dense else steps_of(run.before, recipe)[1]
+    before = 0 if run.before is None or phase.weights_only else steps_of(run.before, recipe)[1]
     return before, before + -(-phase.tokens // recipe.batch_tokens)
+
+
+def sequences_of(phase: Phase, recipe: Recipe) -> int:
+    """Sequences of a step."""
+    return max(1, recipe.batch_tokens // phase.length)
 
 
 def train_settings(folders: Folders, run: Run, recipe: Recipe, gpus: int = 1) -> list[str]:
     """Settings of launch/pretrain.py for a run on `gpus` GPUs."""
     phase = PHASES[run.phase]
     before, last = steps_of(run, recipe)
-    sequences = max(1, recipe.batch_tokens // phase.length)
-    interval = -(-(last - before) // EVALUATIONS)  # rounded down, it would leave one more for the last steps
+    sequences = sequences_of(phase, recipe)
+    evaluations = 1 if phase.needles else EVALUATIONS
+    interval = -(-(last - before) // evaluations)  # rounded down, it would leave one more for the last steps
     settings = [
         *phase.model,
         f"model.name={run.variant}",
         *attention_settings(run.variant, phase),
         f"run_dir={folders.run(run)}",
-        *data_settings(folders),
-        f"seed={run.seed + (_NEW_ORDER if phase.from_dense else 0)}",
+        *data_settings(folders, phase),
+        f"seed={run.seed + (_NEW_ORDER if phase.weights_only else 0)}",
         f"train.seq_length={phase.length}",
         f"train.global_batch_size={sequences}",
         f"train.micro_batch_size={micro_batch(phase.length, sequences, gpus)}",
         f"train.steps={last}",
-        f"optim.lr={recipe.lr}",
+        f"optim.lr={recipe.lr * phase.lr_factor}",
         f"optim.warmup_steps={max(1, (before or last) // 20)}",
         f"evaluation.interval={interval}",
         f"evaluation.batches={max(1, HELD_OUT_TOKENS // (sequences * phase.length))}",
@@ -82,7 +89,7 @@ def train_settings(folders: Folders, run: Run, recipe: Recipe, gpus: int = 1) ->
         "tracking.log_interval=10",
         "tracking.wandb=disabled",
     ]
-    if run.before is not None and phase.from_dense:
+    if run.before is not None and phase.weights_only:
         settings += [f"checkpoint.resume={folders.run(run.before)}", "checkpoint.weights_only=true"]
         if has_warm_up(run):
             settings.append(f"train.freeze_trunk_steps={phase.scorer_warm_up}")
@@ -105,10 +112,10 @@ def micro_batch(length: int, sequences: int, gpus: int) -> int:
     return next(size for size in (4, 2, 1) if size <= most and (sequences % (size * gpus) == 0 or size == 1))
 
 
-def data_settings(folders: Folders) -> list[str]:
+def data_settings(folders: Folders, phase: Phase) -> list[str]:
     """Settings that name the study's data."""
     return [
-        f"data.path={folders.train_data}",
+        f"data.path={needle_blend(folders, phase) if phase.needles else folders.train_data}",
         f"data.valid_path={folders.held_out_data}",
         f"data.tokenizer={folders.tokenizer}",
         f"data.cache={folders.data / 'cache'}",
@@ -119,6 +126,14 @@ def train_command(folders: Folders, settings: Sequence[str], gpus: int) -> list[
     """How a run is started on `gpus` GPUs."""
     program = [folders.program("pretrain.py"), *settings]
     return program if gpus == 1 else [folders.program("job.py"), "--nproc-per-node", str(gpus), *program]
+
+
+def document_commands(folders: Folders, run: Run, recipe: Recipe) -> list[tuple[Path, list[str]]]:
+    """Return the commands that make a run's needle documents, each with the .idx file that it writes."""
+    phase = PHASES[run.phase]
+    if not phase.needles:
+        return []
+    return needle_documents(folders, phase, sequences_of(phase, recipe), steps_of(run, recipe)[1])
 
 
 def probes_command(folders: Folders, run: Run) -> list[str]:

@@ -49,7 +49,7 @@ class Trial:
             "model.name=dense",
             *attention_settings("dense", phase),
             f"run_dir={folders.root / 'sweep' / self.name}",
-            *data_settings(folders),
+            *data_settings(folders, phase),
             f"seed={SEEDS[0]}",
             f"train.seq_length={phase.length}",
             f"train.global_batch_size={sequences}",

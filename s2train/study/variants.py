@@ -69,6 +69,9 @@ class Phase:
         dense: whether all layers become dense.
         from_dense: whether it starts from the weights alone of the dense run of `after`, at step 1 with a new
             optimizer; scorers that learn do so alone in their warm-up.
+        needles: whether it trains on needle documents, and starts from the weights alone of the variant's run of
+            `after`, at step 1 with a new optimizer.
+        lr_factor: of the recipe's learning rate.
         model: settings of the model.
         scorer_warm_up: first steps, in which layers are dense whose scorer learns.
         about: what its title says beside the length.
@@ -80,9 +83,16 @@ class Phase:
     after: str | None = None
     dense: bool = False
     from_dense: bool = False
+    needles: bool = False
+    lr_factor: float = 1.0
     model: tuple[str, ...] = MODEL
     scorer_warm_up: int = 200
     about: str = ""
+
+    @property
+    def weights_only(self) -> bool:
+        """Whether it starts at step 1 from weights alone."""
+        return self.from_dense or self.needles
 
     @property
     def title(self) -> str:
@@ -96,6 +106,16 @@ PHASES = {
         Phase("16k", 16384, 300_000_000),
         Phase("32k", 32768, 300_000_000),
         Phase("64k", 65536, 20_000_000, after="32k", dense=True),
+        Phase(
+            "16k-needles",
+            16384,
+            20_000_000,
+            after="16k",
+            needles=True,
+            lr_factor=0.5,
+            scorer_warm_up=0,
+            about="continued on needle documents",
+        ),
         Phase("16k-40m", 16384, 65_536_000, model=MODEL_40M, about="40M parameters"),
         Phase(
             "16k-40m-from-dense",
@@ -133,11 +153,16 @@ class Run:
         return replace(self, phase=phase.after, variant="dense" if phase.from_dense else self.variant)
 
 
-# The study: two seeds of what is compared first, one of the rest; then two seeds of every kind on a smaller model.
-RUNS = (
+# The study: two seeds of what is compared first, one of the rest, all continued on needles; then two seeds of every
+# kind on a smaller model.
+_AT_16K = (
     *(Run(variant, seed=seed) for seed in SEEDS for variant in ("dense", "hybrid", "window", "homogeneous")),
     *(Run(variant) for variant in ("sparse", "d1s7", "d1s15", "window_sinks")),
+)
+RUNS = (
+    *_AT_16K,
     *(Run(variant, phase) for phase in ("32k", "64k") for variant in ("hybrid", "window")),
+    *(replace(run, phase="16k-needles") for run in _AT_16K),
     *(
         Run(variant, "16k-40m", seed)
         for seed in SEEDS
@@ -189,7 +214,8 @@ def attention_settings(variant: str, phase: Phase) -> list[str]:
 
 def has_warm_up(run: Run) -> bool:
     """Whether layers are dense while their scorer learns."""
-    return not PHASES[run.phase].dense and any(WARM_UP in setting for setting in VARIANTS[run.variant])
+    phase = PHASES[run.phase]
+    return not phase.dense and phase.scorer_warm_up > 0 and any(WARM_UP in setting for setting in VARIANTS[run.variant])
 
 
 @lru_cache

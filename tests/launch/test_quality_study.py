@@ -153,6 +153,7 @@ def test_a_small_study_goes_from_a_tree_to_a_report(
     monkeypatch.setitem(PHASES, "16k", Phase("16k", 256, 4 * 512))
     monkeypatch.setitem(PHASES, "32k", Phase("32k", 512, 4 * 512))
     monkeypatch.setitem(PHASES, "64k", Phase("64k", 512, 2 * 512, after="32k", dense=True))
+    monkeypatch.setitem(PHASES, "16k-needles", replace(PHASES["16k-needles"], length=512, tokens=2 * 512))
     monkeypatch.setattr(sweep, "GRID", (Recipe(1e-3, 512), Recipe(2e-3, 512)))
     monkeypatch.setattr(sweep, "TOKENS", 2 * 512)
     monkeypatch.setattr(settings, "VOCABULARY", 512)
@@ -179,10 +180,14 @@ def test_a_small_study_goes_from_a_tree_to_a_report(
     act_twice("evaluate", "hybrid", "window", "trials=5", programs=["probes.py"] * 2)
     act_twice("train", "window", "--phase", "32k", *SMALL, programs=["pretrain.py"])
     act_twice("train", "window", "--phase", "64k", *SMALL, programs=["pretrain.py"])
+    made = ["prepare_data.py", "prepare_data.py", "pretrain.py"]
+    act_twice("train", "window", "--phase", "16k-needles", *SMALL, programs=made)
+    act_twice("evaluate", "window", "--phase", "16k-needles", "depths=[0.5]", "trials=2", programs=["needle.py"])
     act("report")
     report = (tmp_path / "study" / "quality.md").read_text()
     assert report.count("\n| hybrid | 1 |") == 1
-    assert report.count("\n| window | 1 |") == 3
+    assert report.count("\n| window | 1 |") == 4
+    assert "key_value at 512" in report
     assert (tmp_path / "study" / "quality.png").is_file()
     results = json.loads((tmp_path / "study" / "results" / "window-64k-seed1.json").read_text())
     assert results["density"] == 1

@@ -73,6 +73,19 @@ def test_the_report_has_a_table_with_the_spread_of_seeds_and_pictures(folders: F
             assert drawn.width > 2 * drawn.height  # two panels
 
 
+def test_needles_of_seeds_are_counted_together_and_drawn_nowhere(folders: Folders) -> None:
+    for seed, correct in ((1, 3), (2, 5)):
+        run = Run("dense", "16k-needles", seed)
+        result(folders, run, [4.0, 2.0], 1.0)
+        cells_of = [{"length": 4096, "depth": depth, "correct": correct, "trials": 10} for depth in (0.0, 1.0)]
+        folders.needles(run).write_text(json.dumps({"tasks": {"single": {"cells": cells_of}}}))
+    [text] = write_report(folders)
+    report = text.read_text()
+    assert "single at 4,096" in report
+    assert cells(report, "dense") == ["dense", "2", "0.5000", "40% [26%, 55%]", "2.0000 [2.0000, 2.0000]"]
+    assert "![" not in report
+
+
 def test_runs_that_shared_a_gpu_have_no_times(folders: Folders) -> None:
     for variant, is_shared in (("dense", False), ("hybrid", True)):
         result(folders, Run(variant), [4.0, 2.0], 1.0, shared_gpu=is_shared)

@@ -15,7 +15,7 @@ from s2train.planning.targets import target_gpu
 from s2train.study import variants
 from s2train.study.files import Folders
 from s2train.study.plan import plan_table
-from s2train.study.settings import Recipe, micro_batch, steps_of, train_settings
+from s2train.study.settings import Recipe, document_commands, micro_batch, steps_of, train_settings
 from s2train.study.variants import (
     MATCHED,
     MODEL,
@@ -163,6 +163,18 @@ def test_a_run_from_dense_starts_from_the_weights_of_its_seeds_dense_run(
     before = compose_run(train_settings(folders, Run("dense", "16k-40m", seed=2), recipe))
     assert cfg.seed != before.seed  # another order of the data
     assert cfg.optim.decay_steps is None
+
+
+@pytest.mark.parametrize("variant", ["hybrid", "index"])
+def test_a_run_on_needles_starts_from_its_variants_weights(variant: str, folders: Folders) -> None:
+    cfg = compose_run(train_settings(folders, run := Run(variant, "16k-needles", seed=2), RECIPE))
+    assert cfg.checkpoint.resume == str(folders.run(Run(variant, "16k", seed=2)))
+    assert cfg.checkpoint.weights_only
+    assert steps_of(run, RECIPE) == (0, cfg.train.steps)
+    assert (cfg.optim.lr, cfg.train.freeze_trunk_steps) == (RECIPE.lr / 2, 0)
+    made = {str(index.with_suffix("")) for index, _ in document_commands(folders, run, RECIPE)}
+    assert made == {path for path in cfg.data.path if isinstance(path, str)}
+    assert cfg.data.valid_path == str(folders.held_out_data)
 
 
 @pytest.mark.parametrize(("variant", "phase", "setting"), [("widow", "16k", "variant"), ("window", "61k", "phase")])

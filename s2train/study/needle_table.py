@@ -1,0 +1,49 @@
+"""Tabulates how many needles runs find after training on needle documents."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from s2train.needles.scores import Score
+from s2train.study.comparison import Group
+from s2train.study.tables import spread, table
+from s2train.study.variants import PHASES
+
+
+def needle_section(name: str, own: Sequence[Group]) -> str:
+    """Format a phase of needle documents as Markdown."""
+    phase = PHASES[name]
+    scores = [needle_scores(group) for group in own]
+    columns = sorted({column for found in scores for column in found})
+    heads = ["variant", "seeds", "density", *(f"{task} at {length:,}" for task, length in columns), "held-out loss"]
+    rows = []
+    for group, found in zip(own, scores, strict=True):
+        cells = [_cell(found[column]) if column in found else "" for column in columns]
+        rows.append(
+            [group.variant, str(len(group.results)), f"{group.results[0].density:.4f}", *cells, spread(group.losses)]
+        )
+    return "\n".join(
+        [
+            f"## {phase.title}\n",
+            f"The weights of phase {phase.after}, trained for {phase.tokens / 1e6:,.0f}M tokens on documents full of",
+            "needles. Exact answers to held-out needles at eleven depths [95 % interval]. The held-out loss is that on",
+            "the corpus, of which these documents have nothing.\n",
+            table(heads, rows),
+        ]
+    )
+
+
+def needle_scores(group: Group) -> dict[tuple[str, int], Score]:
+    """Scores by task and length, over all depths and seeds."""
+    counts: dict[tuple[str, int], list[int]] = defaultdict(lambda: [0, 0])
+    for result in group.results:
+        for task, found in (result.needles or {}).items():
+            for cell in found["cells"]:
+                own = counts[task, cell["length"]]
+                own[0] += cell["correct"]
+                own[1] += cell["trials"]
+    return {key: Score(correct, trials) for key, (correct, trials) in counts.items()}
+
+
+def _cell(score: Score) -> str:
+    low, high = score.interval
+    return f"{score.share:.0%} [{low:.0%}, {high:.0%}]"

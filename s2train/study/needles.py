@@ -1,0 +1,76 @@
+"""Continues the study's runs on needle documents, and collects what they find."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from s2train.errors import ConfigError
+from s2train.files import write_json
+from s2train.needles.recipe import PHASES as RECIPE
+from s2train.needles.recipe import document_settings, evaluation_settings
+from s2train.needles.results import NeedleResults, file_name, load_results
+from s2train.study.files import Folders
+from s2train.study.variants import PHASES, Phase, Run
+
+TASKS = ("single", "key_value")  # whose facts the documents hold
+TRIALS = 10  # per length, depth and task
+_DOCUMENTS = RECIPE[-2]  # of the recipe for 128k tokens, made as long as a phase of the study
+
+
+def needle_blend(folders: Folders, phase: Phase) -> str:
+    """Value of data.path: the documents of all sources, by weight."""
+    parts = (f"{weight},{_prefix(folders, phase, source)}" for source, weight in _DOCUMENTS.blend)
+    return f"[{','.join(parts)}]"
+
+
+def needle_documents(folders: Folders, phase: Phase, sequences: int, steps: int) -> list[tuple[Path, list[str]]]:
+    """Return the commands that make the documents, each with the .idx file that it writes.
+
+    Args:
+        sequences: of a step.
+    """
+    documents, commands = replace(_DOCUMENTS, length=phase.length, batch=sequences, steps=steps), []
+    for source, _ in documents.blend:
+        output = _prefix(folders, phase, source)
+        settings = [f"output={output}", f"tokenizer={folders.tokenizer}", *document_settings(documents, source)]
+        commands.append((Path(f"{output}.idx"), [folders.program("prepare_data.py"), *settings]))
+    return commands
+
+
+def _prefix(folders: Folders, phase: Phase, source: str) -> Path:
+    return folders.data / f"needles-{phase.length}-{source}"
+
+
+def needle_command(folders: Folders, run: Run) -> list[str]:
+    """How a run's last checkpoint is asked for needles."""
+    length = PHASES[run.phase].length
+    settings = evaluation_settings(folders.run(run), [length // 4, length // 2, length], TRIALS, _output(folders, run))
+    return [folders.program("needle.py"), *settings, f"task=[{','.join(TASKS)}]"]
+
+
+def _output(folders: Folders, run: Run) -> Path:
+    return folders.run(run) / "needle"
+
+
+def save_needles(folders: Folders, run: Run) -> Path:
+    """Write ROOT/results/RUN-needles.json from a finished evaluation.
+
+    Raises:
+        ConfigError: a task was not evaluated.
+    """
+    path = folders.needles(run)
+    write_json(path, {"run": asdict(run), "tasks": {task: _found(folders, run, task) for task in TASKS}})
+    return path
+
+
+def _found(folders: Folders, run: Run, task: str) -> dict[str, Any]:
+    """Cells of a task, and how they were measured."""
+    path = _output(folders, run) / f"{file_name(task)}.json"
+    results: NeedleResults | None = load_results(path)
+    if results is None:
+        raise ConfigError("variant", run.variant, f"{path} is missing or damaged", "Run `evaluate` again")
+    cells = [
+        {"length": cell.length, "depth": cell.depth, "correct": cell.correct, "trials": cell.trials}
+        for cell in results.asked
+    ]
+    return {"cells": cells, "settings": results.settings, "environment": results.environment}
