@@ -116,7 +116,7 @@ def train_command(root: Path, variant: str, number: int, under_yarn: bool = Fals
 
 
 def needle_command(checkpoint: Path, lengths: list[int], trials: int, output: Path) -> list[str]:
-    """Return the command that evaluates a checkpoint at all depths, with `trials` at each."""
+    """Return the command that evaluates a checkpoint, `trials` per depth."""
     return [str(LAUNCH / "needle.py"), *evaluation_settings(checkpoint, lengths, trials, output)]
 
 

@@ -54,7 +54,7 @@ OF_VARIANTS = ("speed", "train", "evaluate")
 
 
 def make_documents(folders: Folders, run: Run, recipe: Recipe, deadline: Deadline) -> None:
-    """Make the needle documents that a run trains on, if they are missing."""
+    """Make the needle documents of a run, if they are missing."""
     for index, command in document_commands(folders, run, recipe):
         if not index.is_file():
             deadline.run(command)
@@ -178,7 +178,10 @@ def train(
 
 
 def evaluate(folders: Folders, run: Run, settings: Sequence[str], deadline: Deadline) -> None:
-    """Probe a trained run that was not probed: for needles after a phase of needle documents."""
+    """Probe a trained run that was not probed.
+
+    After a phase of needle documents, ask it for needles.
+    """
     needles = PHASES[run.phase].needles
     found = folders.needles(run) if needles else folders.probes(run)
     if found.is_file():

@@ -1,4 +1,4 @@
-"""Sets the documents that teach a model to find needles, and the evaluation after them."""
+"""Sets documents that teach retrieval, and the evaluation of it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

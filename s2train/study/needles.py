@@ -24,7 +24,9 @@ def needle_blend(folders: Folders, phase: Phase) -> str:
 
 
 def needle_documents(folders: Folders, phase: Phase, sequences: int, steps: int) -> list[tuple[Path, list[str]]]:
-    """Return the commands that make the documents, each with the .idx file that it writes.
+    """Return the commands that make a phase's documents.
+
+    Each is paired with the .idx file that it writes.
 
     Args:
         sequences: of a step.

@@ -129,7 +129,10 @@ def train_command(folders: Folders, settings: Sequence[str], gpus: int) -> list[
 
 
 def document_commands(folders: Folders, run: Run, recipe: Recipe) -> list[tuple[Path, list[str]]]:
-    """Return the commands that make a run's needle documents, each with the .idx file that it writes."""
+    """Return the commands that make a run's needle documents.
+
+    Each is paired with the .idx file that it writes. Other phases have none.
+    """
     phase = PHASES[run.phase]
     if not phase.needles:
         return []
