@@ -90,8 +90,8 @@ def why_no_hopper(device: torch.device) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) != (9, 0):
         return f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, not 9.0"
-    releases = " and ".join(f"{release}x" for release in TRITON)
-    return f"Triton {triton.__version__}: Hopper kernels need {releases}, which torch 2.11 and 2.13 install"
+    releases = ", ".join(f"{release}x" for release in TRITON)
+    return f"Triton {triton.__version__}: Hopper kernels need one of {releases}, as torch 2.11 to 2.15 install"
 
 
 def _reasons(supported: _Supported, q: Tensor, k: Tensor, v: Tensor, layout: Layout, spec: AttentionSpec) -> str:

@@ -14,12 +14,13 @@ from .interpreter_speed import speed_up_interpreter
 def repair_interpreter() -> None:
     """Make Triton's interpreter compute what a GPU does.
 
-    Applies to Triton 3.5 to 3.7. Call it before the first kernel. It makes the interpreter faster
-    (`interpreter_speed.py`), and fixes four things:
+    Applies to Triton 3.5 to 3.9. Call it before the first kernel. It makes the interpreter faster
+    (`interpreter_speed.py`), and fixes five things:
 
     - Integer scalars are arrays of one element, which NumPy 2.4 rejects as the bound of a `range`.
     - Float scalars are Python's, which have no method `to`.
     - bfloat16 is stored as uint16: arithmetic would be that of the bit patterns, and casts would truncate.
+    - Masks computed from integers are int32, which 3.9 rejects in loads and stores.
     - Every call of a device function patches `triton.language` again, which takes a third of all time.
     """
     builder = interpreter.InterpreterBuilder
@@ -27,6 +28,7 @@ def repair_interpreter() -> None:
         return
     patch_tensor, cast, dot = interpreter._patch_lang_tensor, builder.cast_impl, builder.create_dot
     patch_lang, convert = interpreter._patch_lang, interpreter._implicit_cvt
+    load, store = builder.create_masked_load, builder.create_masked_store
 
     def patch_lang_tensor(tensor: Any, scope: Any) -> None:
         patch_tensor(tensor, scope)
@@ -43,6 +45,12 @@ def repair_interpreter() -> None:
     def create_dot(self: Any, a: Any, b: Any, *args: Any) -> Any:
         return dot(self, _as_float32(a), _as_float32(b), *args)
 
+    def create_masked_load(self: Any, ptrs: Any, mask: Any, *args: Any) -> Any:
+        return load(self, ptrs, _as_bool(mask), *args)
+
+    def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *args: Any) -> Any:
+        return store(self, ptrs, value, _as_bool(mask), *args)
+
     def patch_lang_once(fn: Any) -> Any:
         if any(tl.core.is_builtin(module.load) for module in _language_modules(fn)):
             return patch_lang(fn)
@@ -54,6 +62,7 @@ def repair_interpreter() -> None:
     interpreter._patch_lang_tensor, interpreter._patch_lang = patch_lang_tensor, patch_lang_once
     interpreter._implicit_cvt = convert_argument
     builder.cast_impl, builder.create_dot = cast_impl, create_dot
+    builder.create_masked_load, builder.create_masked_store = create_masked_load, create_masked_store
     for name in ("create_fadd", "create_fsub", "create_fmul", "create_fdiv"):
         setattr(builder, name, _rounded_once(getattr(builder, name)))
     speed_up_interpreter()
@@ -82,6 +91,10 @@ def _rounded_once(operation: Callable[..., Any]) -> Callable[..., Any]:
 def _language_modules(fn: Any) -> list[Any]:
     """Return the modules of `triton.language` that a function names."""
     return [value for value in fn.__globals__.values() if value is tl or value is tl.core]
+
+
+def _as_bool(mask: Any) -> Any:
+    return mask if mask.data.dtype == bool else interpreter.TensorHandle(mask.data.astype(bool), tl.int1)
 
 
 def _as_float32(x: Any) -> Any:

@@ -20,6 +20,7 @@ from triton.runtime import driver
 from .. import spec as specs
 from ..launch import watched
 from ..spec import Format, in_format
+from .support import TRITON
 
 Launched = tuple[Any, tuple[int, int, int], Sequence[Any]]  # compiled kernel, grid, arguments
 
@@ -184,8 +185,8 @@ class _Device:
 def can_repeat(launched: Sequence[Launched], moving: Sequence[Tensor | None]) -> bool:
     """Return whether these launches can be repeated.
 
-    Their launchers must be those of Triton 3.6 or 3.7 without scratch memory. Of the moving tensors each must be
-    another object, by which it is found among the arguments, and aligned to 16 bytes.
+    Their launchers must be those of a known Triton, without scratch memory or instrumentation. Of the moving tensors
+    each must be another object, by which it is found among the arguments, and aligned to 16 bytes.
     """
     tensors = [x for x in moving if x is not None]
     return (
@@ -198,9 +199,10 @@ def can_repeat(launched: Sequence[Launched], moving: Sequence[Tensor | None]) ->
 def _known(compiled: Any) -> bool:
     run, maps = compiled.run, getattr(compiled.metadata, "tensordesc_meta", None) or ()
     return (
-        triton.__version__.startswith(("3.6.", "3.7."))
+        triton.__version__.startswith(TRITON)
         and _launcher(run) is not None
         and run.global_scratch_size == run.profile_scratch_size == 0
+        and not getattr(run, "gsan_enabled", False)  # which adds arguments; since 3.8
         and not any(of_map is None or of_map["fp4_padded"] for of_map in maps)
     )
 

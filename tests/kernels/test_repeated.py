@@ -51,7 +51,7 @@ class Compiled:
         signature = dict(enumerate("tensordesc" if isinstance(x, TensorDescriptor) else "i32" for x in arguments))
         self.run = object.__new__(nvidia.CudaLauncher)
         self.run.launch = nvidia.wrap_handle_tensordesc(Launcher(launches), signature, maps)
-        self.run.launch_cooperative_grid = self.run.launch_pdl = False
+        self.run.launch_cooperative_grid = self.run.launch_pdl = self.run.gsan_enabled = False
         self.run.global_scratch_size = self.run.profile_scratch_size = 0
         self.run.global_scratch_align = self.run.profile_scratch_align = 1
         self.run.arg_annotations = self.run.kernel_signature = "as annotated"
