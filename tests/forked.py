@@ -116,7 +116,6 @@ def _import_everything() -> None:
         from s2train.megatron.lazy_imports import import_megatron
 
         import_megatron()
-    import matplotlib.pyplot  # noqa: F401
     import wandb  # noqa: F401
 
     import s2train.command_line.program

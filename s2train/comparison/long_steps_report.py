@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter
 from rich import box
 from rich.table import Table
 
 from s2train.comparison.long_steps import Row
-from s2train.files import replacing
+from s2train.pictures.png import write_png
 
 
 def best_dense(rows: Sequence[Row], length: int) -> Row | None:
@@ -58,13 +59,11 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> None:
 
     The number above a hybrid is its speedup over the best dense variant.
     """
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     lengths = sorted({row.seq_length for row in rows})
     variants = list(dict.fromkeys(row.way for row in rows))
-    figure, axes = plt.subplots(1, len(lengths), figsize=(3.2 * len(lengths) + 0.8, 3.6), squeeze=False)
-    for axis, length in zip(axes[0], lengths, strict=True):
+    figure = Figure(figsize=(3.2 * len(lengths) + 0.8, 3.6), dpi=130)
+    axes = figure.subplots(1, len(lengths), squeeze=False)[0]
+    for axis, length in zip(axes, lengths, strict=True):
         of_length = {row.way: row for row in rows if row.seq_length == length}
         for place, variant in enumerate(variants):
             if (row := of_length.get(variant)) is None:
@@ -79,12 +78,10 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> None:
         axis.yaxis.set_major_formatter(EngFormatter(sep=""))
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_ylim(top=1.12 * max(row.tokens_per_s for row in of_length.values()))
-    axes[0][0].set_ylabel("tokens/s")
-    handles = [plt.Rectangle((0, 0), 1, 1, color=f"C{place}") for place in range(len(variants))]
+    axes[0].set_ylabel("tokens/s")
+    handles = [Patch(color=f"C{place}") for place in range(len(variants))]
     columns = min(len(variants), 4)
     figure.legend(handles, variants, loc="lower center", ncols=columns, frameon=False, fontsize=8)
     figure.suptitle(f"{title} (above a bar: speedup over the best dense)", fontsize=11)
     figure.tight_layout(rect=(0, 0.07 * -(-len(variants) // columns), 1, 1))
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=130, format="png")
-    plt.close(figure)
+    write_png(figure, path)
