@@ -14,7 +14,6 @@ from s2train.files import check_output
 from s2train.generation.config import GenerateConfig
 from s2train.planning.checks import check_attention_backend
 from s2train.preparation.documents import documents_of
-from s2train.preparation.sources import Source
 from s2train.validation.division import check_one_model
 from s2train.validation.values import check_seed
 
@@ -101,7 +100,7 @@ def _read(prompt: str, text_key: str) -> list[str]:
     path = Path(prompt.removeprefix(FILE))
     if not path.is_file():
         raise ConfigError("prompt", prompt, "no such file", "Set file:PATH of a file, or a text")
-    texts = documents_of("prompt", prompt, path, text_key)
+    texts = documents_of("prompt", prompt, path, text_key, keep_line_end=False)
     if not texts:
         raise ConfigError("prompt", prompt, "holds no text", "Set a file with text")
-    return [text.removesuffix("\n") for text in texts] if Source.of(path).format.kind == "text" else texts
+    return texts

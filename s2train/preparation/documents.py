@@ -30,18 +30,25 @@ def read_documents(
             raise bad_document(source.path, error) from error
 
 
-def documents_of(setting: str, value: object, path: Path, text_key: str) -> list[str]:
+def documents_of(setting: str, value: object, path: Path, text_key: str, *, keep_line_end: bool = True) -> list[str]:
     """Read all documents of a file that another setting than `input` names.
+
+    Args:
+        keep_line_end: keep the line end that ends a plain text.
 
     Raises:
         ConfigError: on `text_key` or on `setting`, as `read_documents`.
     """
     try:
-        return list(read_documents(Source.of(path), text_key))
+        source = Source.of(path)
+        texts = list(read_documents(source, text_key))
     except ConfigError as error:
         if error.setting == "text_key":
             raise
         raise ConfigError(setting, value, error.problem, error.remedy) from error
+    if keep_line_end or source.format.kind != "text":
+        return texts
+    return [text.removesuffix("\n") for text in texts]
 
 
 def bad_document(path: Path, error: BadDocumentError) -> ConfigError:
