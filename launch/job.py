@@ -21,13 +21,17 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import _quick_imports  # pauses garbage collection
 import _surroundings  # noqa: F401 (prints why the rest can't start)
 
 import psutil
 import torch
+from torch.distributed.elastic.agent.server import WorkerGroup
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import PContext, SignalException
+from torch.distributed.elastic.multiprocessing import api as processes
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig
 from torch.distributed.run import config_from_args, parse_args
@@ -55,6 +59,7 @@ def main() -> int:
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     extend_signal_handling()
+    hold_signals_while_ranks_start()
     arguments = sys.argv[1:]
     if problem := problem_of(arguments):
         print(f"error: {problem}", file=sys.stderr)
@@ -136,6 +141,35 @@ def extend_signal_handling() -> None:
         close(self, death_sig, timeout)
 
     PContext.close = patient_close  # type: ignore[method-assign]
+
+
+def hold_signals_while_ranks_start() -> None:
+    """Raise a signal that arrives while ranks start once all have started.
+
+    Torchrun stores its ranks after it has started the last: it would neither forward the signal to the others nor end
+    them.
+    """
+    start, handle = LocalElasticAgent._start_workers, processes._terminate_process_handler
+    is_starting, held = False, list[int]()
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        if is_starting:
+            held.append(number)
+        else:
+            handle(number, frame)
+
+    def start_whole(self: LocalElasticAgent, group: WorkerGroup) -> dict[int, Any]:
+        nonlocal is_starting
+        is_starting = True
+        try:
+            return start(self, group)
+        finally:
+            is_starting = False
+            if held:
+                handle(held[0], None)
+
+    processes._terminate_process_handler = hold
+    LocalElasticAgent._start_workers = start_whole  # type: ignore[method-assign]
 
 
 def kill_ranks(number: int, frame: FrameType | None) -> None:

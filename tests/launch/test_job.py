@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from s2train.errors import EXIT_REQUEUE
 from tests.processes import wait_for
 from tests.program import ROOT, SMALL, Outcome, error_line, launch
 
@@ -82,6 +83,33 @@ def test_a_run_that_diverges_ends_once(tmp_path: Path) -> None:
     assert done.status == 1, done.err
     assert error_line(done).startswith("error: step 2: loss ")
     assert done.out.count("new run in") == 1
+
+
+# Sends a signal to launch/job.py between the starts of two ranks.
+INTERRUPTS = """
+import os, runpy, signal, sys
+from pathlib import Path
+from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+from tests.processes import wait_for
+start = SubprocessHandler._popen
+def start_and_interrupt(self, arguments, environment):
+    rank = start(self, arguments, environment)
+    wait_for(Path(sys.argv[-1], "ready" + environment["RANK"]).exists, "the rank to listen")
+    if environment["RANK"] == "0":
+        os.kill(os.getpid(), signal.SIGUSR1)
+    return rank
+SubprocessHandler._popen = start_and_interrupt
+sys.path[0] = "launch"
+runpy.run_path("launch/job.py", run_name="__main__")
+"""
+
+
+def test_a_signal_that_arrives_while_ranks_start_reaches_all_of_them(tmp_path: Path) -> None:
+    (tmp_path / "interrupts.py").write_text(INTERRUPTS)
+    command = ["--standalone", "--nproc-per-node", "2", "tests/launch/saves_when_asked.py", str(tmp_path)]
+    done = launch(str(tmp_path / "interrupts.py"), *command, PET_SHUTDOWN_TIMEOUT="5")
+    assert done.status == EXIT_REQUEUE, done.err
+    assert sorted(path.name for path in tmp_path.glob("saved*")) == ["saved0", "saved1"]
 
 
 # Ends a while after a signal, as a long save does: longer than torch before 2.13 lets it.

@@ -19,23 +19,7 @@ from tests.program import ROOT, SMALL, metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nodes")]
 
-SAVES_WHEN_ASKED = """
-import os, pathlib, signal, sys, time
-from s2train.command_line.program import run_command
-from s2train.errors import StoppedBySignal
-folder = pathlib.Path(sys.argv[1])
-if (folder / "saved0").exists():
-    sys.exit(0)
-def save(*_):
-    (folder / f"saved{os.environ['RANK']}").touch()
-    raise StoppedBySignal("SIGUSR1", 1, folder)
-def work():
-    signal.signal(signal.SIGUSR1, save)
-    time.sleep(0.5)  # torchrun forwards no signal to a rank that it is still starting
-    (folder / f"ready{os.environ['RANK']}").touch()
-    time.sleep(300)
-run_command(work)
-"""
+SAVES_WHEN_ASKED = "tests/launch/saves_when_asked.py"
 
 
 def environment(folder: Path, **settings: object) -> dict[str, str]:
@@ -108,7 +92,6 @@ def test_a_slurm_job_whose_time_is_up_saves_and_is_queued_again(
     start: Callable[..., subprocess.Popen[bytes]], tmp_path: Path, nodes: int
 ) -> None:
     write_slurm(tmp_path)
-    (tmp_path / "program.py").write_text(SAVES_WHEN_ASKED)
     asked = tmp_path / "asked"
     number = free_port() - 20_000  # launch/slurm/run.sh makes a port of it
     slurm = {"SLURM_JOB_ID": number, "SLURM_JOB_NODELIST": "here", "SLURM_JOB_NUM_NODES": nodes, "ASKED": asked}
@@ -122,7 +105,7 @@ def test_a_slurm_job_whose_time_is_up_saves_and_is_queued_again(
         "2",
     ]
     starts = one_node if nodes == 1 else ["launch/slurm/run.sh"]
-    command = [*starts, str(tmp_path / "program.py"), str(tmp_path)]
+    command = [*starts, SAVES_WHEN_ASKED, str(tmp_path)]
 
     job = start(command, tmp_path / "job.txt", env)
     wait_for(lambda: len(list(tmp_path.glob("ready*"))) == 2, "the ranks", seconds=400)
