@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 
 from .arguments import check_values
 from .handles import registered
@@ -95,21 +96,29 @@ def _(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens, indices, *ctx.settings = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens, indices)
-    ctx.set_materialize_grads(False)
+def register_gradients(attend: CustomOpDef, attend_backward: CustomOpDef) -> None:
+    """Have autograd call one operator for the gradients of another.
+
+    The first takes q, k, v, two tensors or None, and settings, and returns output and log-sum-exp. The second takes
+    these two and their gradients after v. A gradient of None counts as 0.
+    """
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        q, k, v, first, second, *ctx.settings = inputs
+        ctx.save_for_backward(q, k, v, *output, first, second)
+        ctx.set_materialize_grads(False)
+
+    def differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, *others = ctx.saved_tensors
+        nothing = [None] * (2 + len(ctx.settings))
+        if dout is None and dlse is None:
+            return None, None, None, *nothing
+        return *attend_backward(q, k, v, out, lse, dout, dlse, *others, *ctx.settings), *nothing
+
+    attend.register_autograd(differentiate, setup_context=keep)
 
 
-def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, cu_seqlens, indices = ctx.saved_tensors
-    nothing = [None] * (2 + len(ctx.settings))
-    if dout is None and dlse is None:
-        return None, None, None, *nothing
-    return *attend_backward(q, k, v, out, lse, dout, dlse, cu_seqlens, indices, *ctx.settings), *nothing
-
-
-attend.register_autograd(_differentiate, setup_context=_keep)
+register_gradients(attend, attend_backward)
 
 
 def layout_arguments(layout: Layout) -> tuple[Tensor | None, int, int, int]:

@@ -7,11 +7,12 @@ the forward's: graphs then hold no tensors of the plan.
 from __future__ import annotations
 
 from dataclasses import astuple
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from ..custom_op import register_gradients
 from ..spec import AttentionSpec, Format, from_bhsd, shape_bhsd, to_bhsd
 from ..tiles import last_contiguous
 from . import launches, triton_backend
@@ -69,21 +70,7 @@ def _(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, projection_seeds, sample_seeds, *ctx.settings = inputs
-    ctx.save_for_backward(q, k, v, *output, projection_seeds, sample_seeds)
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, *seeds = ctx.saved_tensors
-    nothing = [None] * (2 + len(ctx.settings))
-    if dout is None and dlse is None:
-        return None, None, None, *nothing
-    return *attend_backward(q, k, v, out, lse, dout, dlse, *seeds, *ctx.settings), *nothing
-
-
-attend.register_autograd(_differentiate, setup_context=_keep)
+register_gradients(attend, attend_backward)
 
 
 def traced(
