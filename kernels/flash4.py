@@ -77,7 +77,7 @@ def fa4_functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 def fa4_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, bounds: Tensor | None = None, deterministic: bool = False
+    q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, deterministic: bool, bounds: Tensor | None = None
 ) -> Tensor:
     """Compute causal attention of every head.
 

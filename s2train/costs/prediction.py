@@ -7,7 +7,7 @@ communication or optimizer; their ratios hold as long as these take little time.
 
 import bisect
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from s2train.attention.hybrid import HybridLayout
@@ -35,18 +35,6 @@ def linear_rate(hidden_size: int) -> float:
         return rates[min(place, len(sizes) - 1)]
     share = (hidden_size - sizes[place - 1]) / (sizes[place] - sizes[place - 1])
     return rates[place - 1] + share * (rates[place] - rates[place - 1])
-
-
-@dataclass(frozen=True)
-class Efficiency:
-    """Assumptions of predictions.
-
-    Attributes:
-        linear: FLOP/s of everything but attention; None: measured on an H100 at a similar hidden size.
-    """
-
-    attention: AttentionRates = field(default_factory=AttentionRates)
-    linear: float | None = None
 
 
 @dataclass(frozen=True)
@@ -140,26 +128,23 @@ class ModelCosts:
         }
 
 
-def model_costs(
-    model: ModelConfig, hybrid: HybridLayout, seq_length: int, efficiency: Efficiency | None = None
-) -> ModelCosts:
-    """Count a sequence's exact costs and predict its times.
+def model_costs(model: ModelConfig, hybrid: HybridLayout, seq_length: int) -> ModelCosts:
+    """Count a sequence's exact costs, and predict its times on an H100.
 
     It has `seq_length` tokens.
     """
-    efficiency, dim = efficiency or Efficiency(), head_dim(model)
+    rates, dim = AttentionRates(), head_dim(model)
     of_layer = {
-        layer: _layer_costs(layer, hybrid.num_query_groups, seq_length, dim, efficiency.attention)
-        for layer in set(hybrid.layers)
+        layer: _layer_costs(layer, hybrid.num_query_groups, seq_length, dim, rates) for layer in set(hybrid.layers)
     }
-    dense = dense_seconds(model.num_attention_heads, seq_length, dim, efficiency.attention)
+    dense = dense_seconds(model.num_attention_heads, seq_length, dim, rates)
     linear_flops = token_flops(model, hybrid, seq_length).matmul * seq_length
     return ModelCosts(
         seq_length=seq_length,
         head_dim=dim,
         layers=tuple(of_layer[layer] for layer in hybrid.layers),
         cache=model_cache_tokens(hybrid, seq_length),
-        linear_seconds=linear_flops / (efficiency.linear or linear_rate(model.hidden_size)),
+        linear_seconds=linear_flops / linear_rate(model.hidden_size),
         dense_seconds=model.num_layers * dense.both,
     )
 

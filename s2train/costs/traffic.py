@@ -31,6 +31,7 @@ from s2train.layouts.patterns import BandedPattern, DistancePattern, Pattern
 
 _TILE = 128  # queries of a forward tile, keys of a backward program
 _FLOAT = 4  # bytes of the log-sum-exps, deltas and sums
+_ELEMENT = 2  # bytes of all else: bf16
 
 
 @dataclass(frozen=True)
@@ -53,16 +54,11 @@ def sum_traffic(parts: Iterable[Traffic]) -> Traffic:
     return Traffic(*(sum(column) for column in zip(*map(astuple, parts), strict=True)))
 
 
-def attention_traffic(
-    layer: LayerLayout, num_query_groups: int, seq_length: int, head_dim: int, element_size: int = 2
-) -> Traffic:
-    """Count bytes moved by one layer's attention over one sequence.
-
-    There are `element_size` bytes per element (2: bf16).
-    """
+def attention_traffic(layer: LayerLayout, num_query_groups: int, seq_length: int, head_dim: int) -> Traffic:
+    """Count bytes moved by one layer's attention over one sequence, in bf16."""
     heads, groups = len(layer.heads), num_query_groups
-    query = heads * seq_length * head_dim * element_size  # one tensor of q's shape
-    key = groups * seq_length * head_dim * element_size
+    query = heads * seq_length * head_dim * _ELEMENT  # one tensor of q's shape
+    key = groups * seq_length * head_dim * _ELEMENT
     rows = heads * seq_length * _FLOAT
     sums = heads * seq_length * head_dim * _FLOAT
     walked = {pattern: _walked(pattern, layer, seq_length) for pattern in set(layer.heads)}
@@ -71,7 +67,7 @@ def attention_traffic(
     # q, out, log-sum-exps; in the backward also dout and dq, key and value and their gradients
     forward_least = 2 * query + 2 * key + rows
     backward_least = 4 * query + 4 * key + rows
-    row_bytes = head_dim * element_size
+    row_bytes = head_dim * _ELEMENT
     prepare = 2 * query + rows + sums
     main = queries_loaded * (2 * row_bytes + 2 * _FLOAT + 2 * head_dim * _FLOAT) + 4 * key
     finish = sums + query

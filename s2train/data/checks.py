@@ -110,7 +110,7 @@ def _check_epochs(cfg: PretrainConfig) -> None:
 
 
 def _check_ids(cfg: PretrainConfig, prefix: str) -> None:
-    for tokens in read_ends(prefix, 1_000_000):
+    for tokens in read_ends(prefix):
         if tokens.min() < 0 or tokens.max() >= cfg.model.vocab_size:
             wrong = int(tokens.min() if tokens.min() < 0 else tokens.max())
             remedy = (
@@ -124,7 +124,7 @@ def _check_ends(prefix: str, tokenizer: Tokenizer) -> None:
 
     Attention within documents separates them by that token.
     """
-    tokens, _ = read_ends(prefix, 1_000_000)
+    tokens, _ = read_ends(prefix)
     last = np.cumsum(read_document_lengths(prefix), dtype=np.int64) - 1
     last = last[last < len(tokens)]
     if len(last) and not (tokens[last] == tokenizer.eod).any():

@@ -19,6 +19,7 @@ from s2train.errors import ConfigError
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _PREPARE_AGAIN = "Prepare the data again, with launch/prepare_data.py and overwrite=true"
+_END = 1_000_000  # tokens at each end that are checked
 _DTYPES: dict[int, type[np.number]] = {
     1: np.uint8,
     2: np.int8,
@@ -101,14 +102,14 @@ def read_document_lengths(prefix: str) -> npt.NDArray[np.int32]:
     return lengths
 
 
-def read_ends(prefix: str, count: int) -> list[npt.NDArray[np.integer]]:
-    """Read the first and the last `count` tokens of data.
+def read_ends(prefix: str) -> list[npt.NDArray[np.integer]]:
+    """Read the first and the last million tokens of data.
 
-    Read all tokens if there are fewer. Call `read_document_lengths` first, which checks the files.
+    Reads all tokens if there are fewer. Call `read_document_lengths` first, which checks the files.
     """
     dtype, _, _ = _read_header(prefix)
     tokens = np.memmap(f"{prefix}.bin", dtype=np.dtype(dtype).newbyteorder("<"), mode="r")
-    return [tokens[:count], tokens[-count:]]
+    return [tokens[:_END], tokens[-_END:]]
 
 
 def _read_header(prefix: str) -> tuple[type[np.number], int, int]:

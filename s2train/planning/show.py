@@ -55,7 +55,7 @@ def show(cfg: ShowLayoutConfig) -> None:
     console.print(f"[bold]{cfg.model.name}[/bold] at {seq_length:,} tokens, blocks of {hybrid.block_size}")
     console.print(_layer_table(hybrid, here, seq_length))
     console.print(coverage_report(hybrid, seq_length).format(), highlight=False)
-    console.print(_reach_table(distances, seq_length))
+    console.print(_reach_table(distances))
     console.print(_length_table(by_length))
     draw_layout(hybrid, seq_length, folder / "layout.png", cfg.layers, cfg.model.name)
     write_json(folder / "layout.json", _content(cfg, hybrid, here, by_length, distances))
@@ -130,7 +130,7 @@ def _runs(numbers: Sequence[int]) -> str:
     return ", ".join(words) if len(words) <= 3 else f"{', '.join(words[:2])}, … ({len(numbers)})"
 
 
-def _reach_table(rows: Sequence[DistanceRow], seq_length: int) -> Table:
+def _reach_table(rows: Sequence[DistanceRow]) -> Table:
     """Tabulate reach by distance; merge near distances that one layer reaches entirely."""
     layers = len(rows[0].within) if rows else 0
     shown = sorted({1, 2, 3, 4, 8, 16, 32, layers} & set(range(1, layers + 1)))

@@ -8,7 +8,7 @@ import pytest
 from s2train.attention.hybrid import HybridLayout, build_hybrid_layout
 from s2train.config import LayoutConfig, ModelConfig, PatternConfig, ScheduleConfig
 from s2train.costs.attention_time import AttentionRates, attention_seconds, dense_seconds
-from s2train.costs.prediction import LENGTHS, Efficiency, known_lengths, linear_rate, model_costs
+from s2train.costs.prediction import LENGTHS, known_lengths, linear_rate, model_costs
 from s2train.layouts.patterns import MaskPattern
 
 RESULTS = Path(__file__).parents[2] / "kernels" / "results"
@@ -67,12 +67,10 @@ def test_the_step_gains_less_than_attention_and_more_at_length() -> None:
     assert short.step_speedup < long.step_speedup < long.attention_speedup
 
 
-def test_speedups_follow_the_given_rates() -> None:
-    slow = Efficiency(linear=1e9)
-    assert model_costs(MODEL, hybrid_of("S"), 8192, slow).step_speedup == pytest.approx(1, abs=1e-3)
-    assert model_costs(MODEL, hybrid_of("S"), 8192, Efficiency(linear=1e30)).step_speedup == pytest.approx(
-        model_costs(MODEL, hybrid_of("S"), 8192).attention_speedup
-    )
+def test_the_step_gains_less_the_longer_all_else_takes() -> None:
+    found = model_costs(MODEL, hybrid_of("S"), 8192)
+    assert replace(found, linear_seconds=0).step_speedup == pytest.approx(found.attention_speedup)
+    assert replace(found, linear_seconds=1e3 * found.dense_seconds).step_speedup == pytest.approx(1, abs=1e-3)
 
 
 def test_the_model_is_the_sum_of_its_layers() -> None:
