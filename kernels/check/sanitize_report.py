@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
-KERNELS = "s2_attention"  # in the name of all our kernels
+KERNELS = "s2_attention"  # in the names of the kernels that the cases run
 _MARK = "========= "
 _ERRORS = re.compile(r"^========= ERROR SUMMARY: (\d+) errors?", re.MULTILINE)
 _RACES = re.compile(

@@ -3,8 +3,8 @@
     python -m s2train.costs.measure OUTPUT.json
 
 Runs, in plain torch, one layer's norms, projections and SwiGLU, and the LM head with its cross-entropy, at the shapes
-of our models. The results are the defaults of `s2train.costs.prediction`. They don't include the optimizer,
-communication and Megatron's work between the layers.
+of our models. `s2train.costs.prediction` holds the results. They don't include the optimizer, communication and
+Megatron's work between the layers.
 """
 
 import json

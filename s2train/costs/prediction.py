@@ -129,10 +129,7 @@ class ModelCosts:
 
 
 def model_costs(model: ModelConfig, hybrid: HybridLayout, seq_length: int) -> ModelCosts:
-    """Count a sequence's exact costs, and predict its times on an H100.
-
-    It has `seq_length` tokens.
-    """
+    """Count a sequence's exact costs, and predict its times on an H100."""
     rates, dim = AttentionRates(), head_dim(model)
     of_layer = {
         layer: _layer_costs(layer, hybrid.num_query_groups, seq_length, dim, rates) for layer in set(hybrid.layers)

@@ -11,8 +11,7 @@ _CAPACITY = 64
 class LayoutCache:
     """Device layouts, keyed by what they are built from.
 
-    Layers with the same heads share one. Only the most recent are kept, since an evaluation may use many
-    lengths.
+    Layers with the same heads share one. Only the most recent are kept, since an evaluation may use many lengths.
     """
 
     def __init__(self) -> None:

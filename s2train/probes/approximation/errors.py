@@ -9,7 +9,7 @@ from torch import Tensor
 from s2train.kernels.dense import dense_causal_attention
 from s2train.kernels.hyper import HyperSettings, hyper_attention
 
-_CLUSTERS, _NORM, _SPREAD = 32, 8.5, 0.3  # kinds.md's clusters: most of a query's mass is on keys of its own
+_CLUSTERS, _NORM, _SPREAD = 32, 8.5, 0.3  # most of a query's mass is on keys of its cluster
 
 
 @dataclass(frozen=True)
