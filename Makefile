@@ -3,7 +3,7 @@
 PYTHON ?= python3
 # More to install: of what constraints.txt leaves open, for one.
 PACKAGES ?=
-# Where: VENV=.venv-3.12 PYTHON=python3.12 sets up another one beside it.
+# Where: VENV=.venv-3.12 PYTHON=python3.12 sets up another one.
 VENV := .venv
 BIN := $(VENV)/bin
 # The plugins that tests use: pytest would rewrite the asserts of all installed ones, each worker anew on a new machine.
@@ -16,7 +16,7 @@ WORKERS ?= $(shell expr $$(nproc) + 1)
 # Files and folders of tests; none: all.
 TESTS ?=
 
-# vLLM's pins clash with constraints.txt: its tests have an environment of their own.
+# vLLM's pins clash with constraints.txt: its tests have a separate environment.
 SERVING := .venv-serving
 SERVING_PYTHON ?= python3.12
 

@@ -17,7 +17,7 @@ action=${1:?$usage} root=${2:?$usage}
 shift 2
 tokenizer=$root/train/64-tokenizer.json
 
-# documents PHASE SEED LENGTH COUNT SETTING…: facts, each told again later among noise, as a Megatron dataset
+# documents PHASE SEED LENGTH COUNT SETTING…: facts, each asked for later, among noise, as a Megatron dataset
 documents() {
   local phase=$1 seed=$2 length=$3 count=$4
   shift 4

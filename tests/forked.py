@@ -49,7 +49,7 @@ class Job:
 
     Attributes:
         program: path of a script, or a module's name.
-        processes: ranks, told of each other as torchrun tells them; 0: one process that is told of none.
+        processes: ranks, with the variables that torchrun sets; 0: one process without them.
         out, err: files for what it says.
         timeout: seconds, then it is killed.
     """
@@ -231,7 +231,7 @@ def _answer(connection: socket.socket) -> NoReturn:
 def _stand_for(
     connection: socket.socket, streams: list[int], command: list[str], cwd: str, environment: dict[str, str]
 ) -> None:
-    """Fork a program for tests/fork_client.py: tell its number and its status; kill it when the client is gone."""
+    """Fork a program for tests/fork_client.py: send its number and its status; kill it when the client is gone."""
     if (child := os.fork()) == 0:
         _enter(environment, cwd, streams)
         words = [word for word in command if word != "-u"]
@@ -303,7 +303,7 @@ def _enter(environment: dict[str, str], cwd: str, streams: Sequence[int]) -> Non
 def free_port() -> int:
     """A port below those that systems give to outgoing connections, which could take it in the meantime.
 
-    Workers of pytest-xdist have ports of their own: it takes seconds until a program listens, and another worker would
+    Each worker of pytest-xdist has separate ports: it takes seconds until a program listens, and another worker would
     find the same port free.
     """
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))

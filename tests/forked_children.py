@@ -1,7 +1,7 @@
 """Forks the Python programs that a process starts, instead of starting interpreters that import everything again.
 
-A child has the process id, parent, session, signals, exit status, environment and files that it would have as a program
-of its own. Only what its parent has imported is there already.
+A child has the process id, parent, session, signals, exit status, environment and files that a separate program would
+have. Only what its parent has imported is there already.
 """
 
 import atexit

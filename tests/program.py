@@ -1,4 +1,4 @@
-"""Runs the programs in launch/ as a user would, as processes of their own."""
+"""Runs the programs in launch/ as a user would, in separate processes."""
 
 import json
 import os
@@ -136,6 +136,6 @@ def error_line(outcome: Outcome) -> str:
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The records of a run that tell a step's loss."""
+    """The records of a run that hold a step's loss."""
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [record for record in records if "loss" in record]

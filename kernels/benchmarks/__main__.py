@@ -138,7 +138,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help=f"the cases {' '.join(GROUPS['quick'])}, in about a minute"
     )
-    add_output(parser, "benchmarks", "JSON; the plot is written beside it")
+    add_output(parser, "benchmarks", "JSON; the plot is written to the same folder")
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
     parser.add_argument("--launches", nargs="*", default=None, help="cases whose launch costs are measured")
     parser.add_argument("--budget-ms", type=float, default=None, help="device time of one contender's timed passes")

@@ -193,7 +193,7 @@ def _tidy(axes: Axes) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m s2train.kernels.benchmarks.plot", description=__doc__)
     parser.add_argument("json", type=Path, help="output of the benchmark")
-    parser.add_argument("png", type=Path, nargs="?", help="default: beside it")
+    parser.add_argument("png", type=Path, nargs="?", help="default: JSON's path, with .png")
     parser.add_argument("--case", default="b128-l8-v16-32k", help="mask, heads and (for densities) length to draw")
     args = parser.parse_args()
     draw(json.loads(args.json.read_text()), args.png or args.json.with_suffix(".png"), args.case)

@@ -23,8 +23,8 @@ MAX_GROUP = 2 ** (31 - ACTIVE_BITS - QUERY_BITS)
 class ScheduleOptions:
     """Choices for static layouts; `chosen_config` makes them.
 
-    - ``second_pairs``: with blocks of 64 and grouped heads, divide the steps of key tiles with a long part of their own
-      over two pairs (`shared_tiles`), unless pairs are cut.
+    - ``second_pairs``: with blocks of 64 and grouped heads, divide a key tile's steps over two pairs
+      (`shared_tiles`) where its neighbour lacks many of them, unless pairs are cut.
     - ``by_query_head``: with grouped heads, order programs by the query head that most of their steps visit, unless
       they then end much later (`program_order`).
     - ``query_tile``: queries of a step, 64 or 128.

@@ -60,7 +60,7 @@ def replaced_attention(gpt: GPTModel, layouts: Mapping[int, LayerLayout]) -> Ite
 
 def _core(old: CausalCoreAttention, layout: LayerLayout) -> CausalCoreAttention:
     if layout.kind.weights(old.shape):
-        raise ValueError(f"{layout.kind.label} attention has weights of its own: train it, or choose another kind")
+        raise ValueError(f"{layout.kind.label} attention adds weights: train it, or choose another kind")
     module, _, name = layout.kind.core_attention.partition(":")
     core = getattr(import_module(module), name)(
         old.config,

@@ -81,7 +81,7 @@ class Model:
         continued = _read(folder / "continued" / "continued.json")
         if continued and continued["weights"] != frontier["weights"]:
             problem = "its continued runs start from another checkpoint than its frontier"
-            raise ConfigError("folders", folder, problem, "Put each model's results in a folder of their own.")
+            raise ConfigError("folders", folder, problem, "Put each model's results in a separate folder.")
         times = _read(folder / "times.json")
         timed = [row for row in times.get("rows", ()) if row["length"] == frontier["seq_length"]]
         check_same_layouts(frontier, timed, folder / "times.json", "layout", "folders")

@@ -1,4 +1,4 @@
-"""Draws the picture of a run's layout beside its steps."""
+"""Draws the picture of a run's layout while the run trains."""
 
 import subprocess
 import tempfile

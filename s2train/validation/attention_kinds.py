@@ -37,7 +37,7 @@ def check_kinds(cfg: PretrainConfig, hybrid: HybridLayout, hardware: Hardware) -
         _check_weights(cfg, kind)
     frozen, shape = cfg.train.freeze_trunk_steps, attention_shape(cfg.model)
     if frozen and not any(layer.kind.weights(shape) for layer in hybrid.layers):
-        problem = "no layer's kind of attention has weights of its own, so nothing would learn"
+        problem = "no layer's kind of attention adds weights, so nothing would learn"
         raise ConfigError("train.freeze_trunk_steps", frozen, problem, "Set 0, or use such a kind in layout.layers.")
 
 

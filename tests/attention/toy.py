@@ -2,7 +2,7 @@
 
 Each head draws a direction from random numbers, and adds weights that it learns to it. A query reads the last `window`
 keys, and of the earlier ones those that point along the direction. The weights learn from the auxiliary loss alone:
-keys should tell the mean of their values.
+keys should predict the mean of their values.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Pipeline stages: as many layers each, or as much work."""
+"""Pipeline stages have equally many layers, or equal work."""
 
 import itertools
 import random

@@ -465,5 +465,5 @@ def test_a_slow_host_is_slower_between_context_parallel_ranks() -> None:
         ("seed=1", Hardware("CPU", "cpu", 64 << 30)),
     ],
 )
-def test_nothing_is_foretold_of_what_no_measurement_tells(setting: str, gpu: Hardware) -> None:
+def test_nothing_is_predicted_where_nothing_was_measured(setting: str, gpu: Hardware) -> None:
     assert preview(compose_run(["+model=125m_hybrid", setting]), 1, gpu).prediction is None

@@ -282,7 +282,7 @@ def test_calls_slower_than_a_peers_are_named() -> None:
     ]
 
 
-def test_the_kernels_that_ran_are_told_by_their_names() -> None:
+def test_the_kernels_that_ran_are_recognized_by_their_names() -> None:
     ours = [record["results"]["ours"] for record in MEASURED["cases"]]
     assert {kernel_paths(result) for result in ours if "ms" in result} == {"hopper / hopper"}
     assert (
@@ -352,7 +352,7 @@ def test_the_program_writes_dated_numbers_and_never_over_others(tmp_path: Path) 
 RUN_TIME_WORD = "b16-k4-128-h4-kv2-d16"
 
 
-def test_words_of_run_time_layouts_are_told_from_the_others() -> None:
+def test_words_of_run_time_layouts_are_separated_from_the_others() -> None:
     cases, others = split_words(["b128-l8-v16-32k-kv8", RUN_TIME_WORD, "targets", "run-time", RUN_TIME_WORD])
     assert [case.name for case in cases] == [RUN_TIME_WORD, *RUN_TIME]
     assert others == ["b128-l8-v16-32k-kv8", "targets"]

@@ -1,6 +1,6 @@
 """Launch configurations: fitting on small GPUs, and the same on every rank.
 
-The compiler's own figures come from a process of their own: Triton compiles only where it does not interpret.
+The compiler's own figures come from a separate process: Triton compiles only where it does not interpret.
 """
 
 import itertools

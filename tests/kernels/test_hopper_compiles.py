@@ -1,6 +1,6 @@
 """The Hopper kernels compile without a GPU, fit, and spill nothing worth mentioning.
 
-In a process of its own: Gluon compiles only where Triton does not interpret.
+In a separate process: Gluon compiles only where Triton does not interpret.
 """
 
 import json

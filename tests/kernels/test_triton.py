@@ -197,7 +197,7 @@ def test_float32_is_exact_where_torch_may_use_tf32(device: torch.device) -> None
         rough, _ = reference_attention(*plain, layout)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
-    assert (rough - expected).norm() > 1e-4 * expected.norm()  # what TF32 would give: this test can tell
+    assert (rough - expected).norm() > 1e-4 * expected.norm()  # what TF32 would give: this test would fail
     for x, x64 in zip((out, *grads), (expected, *torch.autograd.grad(expected, exact, dout.double())), strict=True):
         assert (x - x64).norm() < 5e-6 * x64.norm()
 

@@ -122,7 +122,7 @@ def test_a_letter_that_cannot_be_is_rejected_by_its_setting(letter: str, given: 
         make_hybrid("DS", num_layers=2, num_heads=4, patterns={letter: given})
 
 
-def test_an_unknown_letter_is_told_with_those_that_were_declared() -> None:
+def test_an_unknown_letter_is_rejected_with_those_that_were_declared() -> None:
     with pytest.raises(ConfigError, match=r"unknown letter X.*D \(dense\), S \(s2\), W \(sliding_window\)"):
         make_hybrid("DX", num_layers=2, num_heads=4, patterns={"W": {"kind": "sliding_window", "window": 5}})
 

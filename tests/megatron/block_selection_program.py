@@ -292,7 +292,7 @@ def in_chunks() -> dict[str, bool]:
 
 @torch.no_grad()
 def reads() -> dict[str, Any]:
-    """Bytes that a decoding step reads: as told, and of the pages that its lists name."""
+    """Bytes that a decoding step reads: as the cache counts them, and of the pages that its lists name."""
     _, gpt, _ = make(scorer="moba", top_k=1)
     gpt.eval()
     gpt.parallel_output = False
@@ -300,13 +300,13 @@ def reads() -> dict[str, Any]:
     with kv_cache(gpt, BATCH, LENGTH) as cache:
         model = CachedModel(gpt, cache)
         model.prefill(tokens[:, : 4 * BLOCK + 2], None, BLOCK)
-        told = cache.bytes_read()
+        counted = cache.bytes_read()
         model.decode(tokens[:, -1])
         core = cores_of(gpt)[0]
         listed = int((cached_list(core, cache.layers[0]) >= 0).sum())  # type: ignore[arg-type]
         state = sum(x.nbytes for x in cache.layers[0].state.values())
         page, dense = cache.pool.page_bytes, cache.dense_bytes()
-        return {"told": told, "pages": 2 * listed * page, "own": 2 * BATCH * 2 * page // 2, "state": 2 * state,
+        return {"counted": counted, "pages": 2 * listed * page, "own": 2 * BATCH * 2 * page // 2, "state": 2 * state,
                 "dense": dense}  # fmt: skip
 
 

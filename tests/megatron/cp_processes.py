@@ -1,4 +1,4 @@
-"""Attention under context parallel in processes of its own, beside the same attention in one process."""
+"""Attention under context parallel in separate processes, and the same attention in one process."""
 
 import random
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Attention within documents under context parallel in processes of their own, beside the same in one process."""
+"""Attention within documents under context parallel in separate processes, and the same in one process."""
 
 import random
 from dataclasses import dataclass

@@ -35,7 +35,7 @@ def config(model: ModelConfig = MISTRAL_7B, *, layers: str = "DSSS", **parallel:
 
 
 def dense(model: ModelConfig) -> tuple[LayerLayout, ...]:
-    """Dense layers, as many as the model has."""
+    """Dense layers, one for each of the model's."""
     return (LayerLayout(LETTERS["D"], (Dense(),) * model.num_attention_heads, 64),) * model.num_layers
 
 

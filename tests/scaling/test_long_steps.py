@@ -1,4 +1,4 @@
-"""Long steps have as many layers as fit, and a dense model beside them where its steps are short."""
+"""Long steps have the most layers that fit, and a dense model is measured too where its steps are short."""
 
 import re
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The picture of a run's layout is drawn beside its steps."""
+"""The picture of a run's layout is drawn while the run trains."""
 
 import sys
 import tempfile

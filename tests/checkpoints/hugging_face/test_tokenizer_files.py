@@ -41,7 +41,7 @@ def test_a_tokenizers_file_is_copied_and_its_end_of_document_named(kind: str, tm
     assert not adds_tokens(folder)
 
 
-def test_a_tokenizer_that_adds_tokens_by_itself_is_told(tmp_path: Path) -> None:
+def test_a_tokenizer_that_adds_tokens_by_itself_is_recognized(tmp_path: Path) -> None:
     made = hf.Tokenizer.from_file(make_tokenizer("llama-2", tmp_path).name)
     made.post_processor = hf.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     made.save(str(tmp_path / "tokenizer.json"))

@@ -162,7 +162,7 @@ def test_samples_are_distinct_and_one_of_each_stratum(size: int, samples: int) -
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "words"),
     [
         ({"bucket": 48}, "power of two"),
         ({"shortest": 8}, "power of two"),
@@ -173,13 +173,13 @@ def test_samples_are_distinct_and_one_of_each_stratum(size: int, samples: int) -
         ({"sinks": 64}, "sinks"),
     ],
 )
-def test_settings_that_do_not_fit_are_rejected(change: dict, told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_settings_that_do_not_fit_are_rejected(change: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
         replace(SMALL, **change)
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "words"),
     [
         ({"q": torch.randn(70, 1, 3, 16)}, "not a multiple"),
         ({"q": torch.randn(70, 1, 4, 8)}, "shapes don't match"),
@@ -191,7 +191,7 @@ def test_settings_that_do_not_fit_are_rejected(change: dict, told: str) -> None:
         ({"format": "hbsd"}, "format"),
     ],
 )
-def test_arguments_that_do_not_fit_are_rejected(change: dict, told: str) -> None:
+def test_arguments_that_do_not_fit_are_rejected(change: dict, words: str) -> None:
     arguments = {
         "q": torch.randn(70, 1, 4, 16),
         "k": torch.randn(70, 1, 2, 16),
@@ -199,5 +199,5 @@ def test_arguments_that_do_not_fit_are_rejected(change: dict, told: str) -> None
         "projection_seeds": torch.arange(2),
         "sample_seeds": torch.arange(2),
     }
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=words):
         hyper_attention(settings=SMALL, **(arguments | change))
