@@ -24,8 +24,8 @@ def changes(*now: str, before: tuple[str, ...] = ()) -> list[Change]:
     return changes_between(run_of(*before), run_of(*now))
 
 
-def check(*now: str, before: tuple[str, ...] = ()) -> None:
-    check_allowed(run_of(*now), CHECKPOINT, changes(*now, before=before))
+def check(*now: str) -> None:
+    check_allowed(run_of(*now), CHECKPOINT, changes(*now))
 
 
 def test_every_setting_that_differs_is_listed_with_both_values() -> None:

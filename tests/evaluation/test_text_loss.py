@@ -14,10 +14,6 @@ from s2train.evaluation.windows import Window, cut
 CPU = torch.device("cpu")
 
 
-def loss_of(target: int) -> float:
-    return target / 10
-
-
 def score(windows: Sequence[Window]) -> tuple[Tensor, Tensor, Tensor]:
     """A model whose loss on a token is a tenth of its id, and which predicts even ones."""
     longest = max(len(window.tokens) for window in windows)

@@ -65,7 +65,7 @@ def test_steps_cover_the_mask_once(
     assert not covered[:, :, s_k:].any()
 
 
-def local_and_vertical(heads: int, kv_heads: int, shifted: bool, length: int = 8192) -> BlockLayout:
+def local_and_vertical(heads: int, kv_heads: int, shifted: bool, length: int) -> BlockLayout:
     """L = V = 16 blocks of 64; head h has offset h mod 16, or every head of a group the group's."""
     block = torch.arange(length // TILE)
     distance = block[:, None] - block

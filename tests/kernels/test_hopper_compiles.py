@@ -150,7 +150,7 @@ def compiled_backward(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, spec
     return s2_attention_bwd_kernel_hopper.run(*arguments, grid=(1,), warmup=True, num_warps=4, maxnreg=ENTRY_REGISTERS)
 
 
-def compiled_builders(block: int, split: bool = False) -> list[Any]:
+def compiled_builders(block: int, split: bool) -> list[Any]:
     """Kernels compiled for lists of 16 of 256 blocks."""
     from s2train.kernels.hopper import pair_parts, topk_backward_schedule, topk_forward_schedule
 

@@ -116,11 +116,11 @@ def test_what_says_what_holds_anyway_changes_nothing(model: S2ForCausalLM, token
     torch.testing.assert_close(model(tokens, logits_to_keep=4).logits, output.logits[:, -4:])
 
 
-def padded(parts: list[Tensor], value: int = 0) -> tuple[Tensor, Tensor]:
+def padded(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Tokens [b, s] padded on the left, and their mask."""
     size = max(len(part) for part in parts)
     pads = [size - len(part) for part in parts]
-    tokens = torch.stack([torch.nn.functional.pad(p, (n, 0), value=value) for p, n in zip(parts, pads, strict=True)])
+    tokens = torch.stack([torch.nn.functional.pad(p, (n, 0)) for p, n in zip(parts, pads, strict=True)])
     return tokens, (torch.arange(size) >= torch.tensor(pads)[:, None]).long()
 
 
