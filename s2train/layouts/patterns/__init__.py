@@ -3,7 +3,7 @@
 A pattern is one class, in closed form or from a mask; `registry` names them.
 """
 
-from s2train.layouts.patterns.base import BandedPattern, DistancePattern, HeadPatterns, LayerContext, Pattern
+from s2train.layouts.patterns.base import BandedPattern, DistancePattern, LayerContext, Pattern
 from s2train.layouts.patterns.dense import Dense
 from s2train.layouts.patterns.dilated import Dilated
 from s2train.layouts.patterns.file import MaskPattern, known_blocks
@@ -18,7 +18,6 @@ __all__ = [
     "Dilated",
     "DistancePattern",
     "GlobalBlocks",
-    "HeadPatterns",
     "LayerContext",
     "LocalVertical",
     "MaskPattern",
