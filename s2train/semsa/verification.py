@@ -72,7 +72,7 @@ def verify(
 
     Print the results, and write them as JSON and PNG.
     """
-    texts = _texts(cfg, request)
+    texts = list(samples(request.subject, cfg.verify_samples, held_out=False))
     # the estimates are of the very samples that are masked: what is left is the estimate's own error
     estimated: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for labels in (Labels("data"), *(Labels("sampled", temperature) for temperature in TEMPERATURES)):
@@ -102,10 +102,6 @@ def verify(
         write_json(output, content)  # last: with it the verification is complete
         Console(soft_wrap=True, width=120).print(*_tables(content))
         print(f"verification {output} and {output.with_suffix('.png')}", flush=True)
-
-
-def _texts(cfg: ProfileAttentionConfig, request: "Request") -> list[Sample]:
-    return list(samples(request.subject, cfg.verify_samples, held_out=False))
 
 
 def _blocks(
