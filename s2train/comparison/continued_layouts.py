@@ -35,15 +35,11 @@ _HEADER = """\
 # The settings that all these runs share: those of the dense run, continued.
 defaults:
   - pretrain_schema
+  - writes_nothing
   - layout: dense
   - _self_
   - override hydra/job_logging: disabled
   - override hydra/hydra_logging: disabled
-
-hydra:
-  output_subdir: null
-  run:
-    dir: .
 
 """
 
