@@ -47,15 +47,25 @@ class Memory:
         return sum(getattr(self, part.name) for part in fields(self))
 
 
+def element_bytes(cfg: PretrainConfig) -> int:
+    """Return bytes of a weight or an activation in the run's precision."""
+    return 2 if cfg.train.precision == "bf16" else 4
+
+
+def rank_tokens(cfg: PretrainConfig) -> int:
+    """Return the tokens of a micro batch on a rank."""
+    return cfg.train.seq_length // cfg.parallel.cp * cfg.train.micro_batch_size
+
+
 def checkpoint_bytes(cfg: PretrainConfig, hybrid: HybridLayout) -> int:
     """Return bytes of a checkpoint on disk.
 
     It has weights in the run's precision, the optimizer's moments, and fp32 weights in addition to bf16 ones. The
     distributed optimizer saves fp32 weights in any precision.
     """
-    bf16 = cfg.train.precision == "bf16"
-    optimizer = optimizer_bytes(cfg) + (4 if cfg.parallel.distributed_optimizer and not bf16 else 0)
-    return total_parameters(cfg.model, hybrid.layers) * ((2 if bf16 else 4) + optimizer)
+    has_copies = cfg.parallel.distributed_optimizer and cfg.train.precision != "bf16"
+    optimizer = optimizer_bytes(cfg) + (4 if has_copies else 0)
+    return total_parameters(cfg.model, hybrid.layers) * (element_bytes(cfg) + optimizer)
 
 
 def optimizer_bytes(cfg: PretrainConfig) -> int:
@@ -70,7 +80,7 @@ def optimizer_bytes(cfg: PretrainConfig) -> int:
 def offloaded_bytes(cfg: PretrainConfig, parameters: int, world_size: int) -> int:
     """Return bytes of host memory that a rank's offloaded optimizer takes.
 
-    They hold moments, and fp32 weights and gradients.
+    These are moments, and fp32 weights and gradients.
 
     Args:
         parameters: of the rank.
@@ -123,10 +133,9 @@ def _stage_memory(
     impl: Implementations,
 ) -> Memory:
     weights = stage_parameters(cfg.model, cfg.parallel, stage, [layer for chunk in chunks for layer in chunk])
-    bf16 = cfg.train.precision == "bf16"
     shards = data_parallel(cfg, world_size) * cfg.parallel.cp if cfg.parallel.distributed_optimizer else 1
     return Memory(
-        weights=weights * (2 if bf16 else 4),
+        weights=weights * element_bytes(cfg),
         gradients=weights * 4,
         optimizer=round((1 - cfg.optim.cpu_offload) * -(-weights * optimizer_bytes(cfg) // shards)),
         activations=stage_activations(cfg, stage, chunks, micro_batches(cfg, world_size), kind, impl),
@@ -144,7 +153,7 @@ def teacher_bytes(cfg: PretrainConfig, layers: Sequence[LayerLayout], kind: str)
     if teacher_setting(layers) is None:
         return 0
     model, train, parallel = cfg.model, cfg.train, cfg.parallel
-    width = 2 if train.precision == "bf16" else 4
+    width = element_bytes(cfg)
     dense = layer_parameters(model, dense_layer(model.num_attention_heads, cfg.layout.block_size))
     weights = len(layers) * dense.on_rank(parallel.tp) + model.vocab_size * model.hidden_size // parallel.tp
     stream = train.seq_length * train.micro_batch_size * model.hidden_size * width
@@ -171,11 +180,7 @@ def _overhead(cfg: PretrainConfig, world_size: int) -> int:
 
 def _peer_memory(cfg: PretrainConfig) -> int:
     """Return bytes that tensor parallel ranks address: two slots of rows."""
-    model, train, parallel = cfg.model, cfg.train, cfg.parallel
-    if not parallel.tp_overlaps:
-        return 0
-    width = 2 if train.precision == "bf16" else 4
-    return 2 * train.seq_length // parallel.cp * train.micro_batch_size * model.hidden_size * width
+    return 2 * rank_tokens(cfg) * cfg.model.hidden_size * element_bytes(cfg) if cfg.parallel.tp_overlaps else 0
 
 
 def stage_activations(
@@ -192,8 +197,7 @@ def stage_activations(
     """
     impl = impl or Implementations()
     model, train, parallel = cfg.model, cfg.train, cfg.parallel
-    width = 2 if train.precision == "bf16" else 4
-    tokens = train.seq_length // parallel.cp * train.micro_batch_size
+    tokens, width = rank_tokens(cfg), element_bytes(cfg)
     # Sequence parallelism divides the tensors between the blocks: residual stream and norms.
     stream = tokens * model.hidden_size * width // (parallel.tp if parallel.sequence_parallel else 1)
     whole, kept = layer_activations(cfg, stream, kind)
@@ -240,8 +244,7 @@ def attention_gradients(
         layers: of the stage.
     """
     model, train, parallel = cfg.model, cfg.train, cfg.parallel
-    width = 2 if train.precision == "bf16" else 4
-    tokens = train.seq_length // parallel.cp * train.micro_batch_size
+    tokens, width = rank_tokens(cfg), element_bytes(cfg)
     heads, kv_heads = model.num_attention_heads // parallel.tp, kv_heads_on_rank(model.num_query_groups, parallel.tp)
     queries, keys = (tokens * count * head_dim(model) for count in (heads, kv_heads))
     keys *= parallel.cp
@@ -265,7 +268,7 @@ def kind_activations(cfg: PretrainConfig, layer: LayerLayout) -> int:
 
     They are those of one layer and micro batch on a rank, in addition to what every kind saves.
     """
-    width = 2 if cfg.train.precision == "bf16" else 4
+    width = element_bytes(cfg)
     whole = layer.kind.activation_bytes(layer, cfg.train.seq_length, attention_shape(cfg.model), width)
     return whole * cfg.train.micro_batch_size // (cfg.parallel.tp * cfg.parallel.cp)
 
@@ -276,12 +279,11 @@ def gathered_projection(cfg: PretrainConfig) -> int:
     The result is 0 unless ranks share KV heads. It counts the heads of all ranks and this rank's own part, for the
     tokens of a micro batch. The gradient has the same size in the backward pass.
     """
-    model, train, parallel = cfg.model, cfg.train, cfg.parallel
+    model, parallel = cfg.model, cfg.parallel
     if parallel.tp <= model.num_query_groups:
         return 0
-    width = 2 if train.precision == "bf16" else 4
-    tokens = train.seq_length // parallel.cp * train.micro_batch_size
-    whole = (model.num_attention_heads + 2 * model.num_query_groups) * head_dim(model) * tokens * width
+    heads = model.num_attention_heads + 2 * model.num_query_groups
+    whole = heads * head_dim(model) * rank_tokens(cfg) * element_bytes(cfg)
     return whole + whole // parallel.tp
 
 
@@ -307,8 +309,7 @@ def layer_activations(cfg: PretrainConfig, stream: int, kind: str) -> tuple[int,
     grows with the square of the length. `stream`: bytes of a tensor [s, b, hidden].
     """
     model, train, parallel = cfg.model, cfg.train, cfg.parallel
-    width = 2 if train.precision == "bf16" else 4
-    tokens = train.seq_length // parallel.cp * train.micro_batch_size
+    tokens, width = rank_tokens(cfg), element_bytes(cfg)
     queries = tokens * model.num_attention_heads * head_dim(model) * width // parallel.tp
     keys = tokens * kv_heads_on_rank(model.num_query_groups, parallel.tp) * head_dim(model) * width
 
@@ -336,8 +337,7 @@ def mlp_activations(cfg: PretrainConfig, kind: str) -> int:
 
     They are those of one micro batch.
     """
-    tokens = cfg.train.seq_length // cfg.parallel.cp * cfg.train.micro_batch_size
-    ffn = tokens * cfg.model.ffn_hidden_size * (2 if cfg.train.precision == "bf16" else 4) // cfg.parallel.tp
+    ffn = rank_tokens(cfg) * cfg.model.ffn_hidden_size * element_bytes(cfg) // cfg.parallel.tp
     # Gate, up and their product. A CPU's SwiGLU is not fused: also SiLU of the gate and a copy of up.
     return (3 if kind == "cuda" else 5) * ffn
 

@@ -48,7 +48,7 @@ from s2train.costs.attention import rank_spread
 from s2train.costs.attention_time import AttentionRates, Seconds, attention_seconds
 from s2train.costs.exchange import exchange_mode
 from s2train.costs.implementations import Implementations
-from s2train.costs.memory import Chunks, data_parallel, micro_batches
+from s2train.costs.memory import Chunks, data_parallel, micro_batches, rank_tokens
 from s2train.costs.parameters import layer_parameters, mlp_parameters, stage_parameters
 from s2train.costs.stages import Stages
 from s2train.costs.tensor_parallel import TensorParallel, collective_share, slowdown
@@ -224,7 +224,7 @@ class _Model:
         self.compute, self.memory = rates.bf16 / h100.bf16, rates.memory / h100.memory
         self.product_share = self.compute * (_H200_PRODUCTS if rates == gpu_rates(_H200) else 1.0)
         self.bandwidth, self.link = _USED_MEMORY * rates.memory, rates.link
-        self.tokens = cfg.train.micro_batch_size * cfg.train.seq_length // cfg.parallel.cp
+        self.tokens = rank_tokens(cfg)
         self.attention = _attention_rates(cfg, hardware, impl, self.compute)
         speed = self._speed(cfg.parallel.tp, used=collective_share(cfg.parallel.tp))
         self.tensor_parallel = TensorParallel(cfg, self.tokens, self._products(), speed, self.link)

@@ -24,7 +24,7 @@ from s2train.attention.features import Feature
 from s2train.attention.hybrid import HybridLayout
 from s2train.command_line.program import run_command, settings_before_options
 from s2train.config import ParallelConfig, PretrainConfig
-from s2train.costs.memory import GIB
+from s2train.costs.memory import GIB, element_bytes
 from s2train.costs.parameters import total_parameters
 from s2train.environment.hardware import Hardware, detect_own
 from s2train.environment.provenance import timed_on
@@ -119,7 +119,7 @@ def compose_on_one_device(overrides: Sequence[str], feature: Feature) -> tuple[P
 
 def check_weights(cfg: PretrainConfig, hybrid: HybridLayout, hardware: Hardware) -> None:
     """Raise ConfigError if the model's weights alone exceed the device's memory."""
-    nbytes = total_parameters(cfg.model, hybrid.layers) * (2 if cfg.train.precision == "bf16" else 4)
+    nbytes = total_parameters(cfg.model, hybrid.layers) * element_bytes(cfg)
     if nbytes > hardware.memory:
         has = f"its weights take {nbytes / GIB:.1f} GiB, and {hardware.name} has {hardware.memory / GIB:.1f}"
         raise ConfigError("model.name", cfg.model.name, has, "Name a smaller model, such as +model=tiny_hybrid")

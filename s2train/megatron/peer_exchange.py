@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed import _symmetric_memory as symmetric_memory
 
 from s2train.config import PretrainConfig
-from s2train.environment.dtypes import DTYPES
+from s2train.costs.memory import element_bytes, rank_tokens
 from s2train.errors import ConfigError, first_line
 from s2train.kernels.leading_sum import leading_sum
 
@@ -71,15 +71,13 @@ def tensor_parallel_exchange(cfg: PretrainConfig, device: torch.device) -> Excha
     Raises:
         ConfigError: the group's GPUs can't address each other's memory, or have none left.
     """
-    parallel, train = cfg.parallel, cfg.train
-    if not parallel.tp_overlaps:
+    if not cfg.parallel.tp_overlaps:
         return None
     group = parallel_state.get_tensor_model_parallel_group()
     if device.type == "cpu":
         return Collectives(group)
-    tokens = train.seq_length // parallel.cp * train.micro_batch_size
     try:
-        return PeerMemory(group, device, tokens * cfg.model.hidden_size * DTYPES[train.precision].itemsize)
+        return PeerMemory(group, device, rank_tokens(cfg) * cfg.model.hidden_size * element_bytes(cfg))
     except RuntimeError as error:
         problem = f"tensor parallel ranks can't share memory of their GPUs ({first_line(error)})"
         raise ConfigError("parallel.tp_comm_overlap", True, problem, "Set parallel.tp_comm_overlap=false") from error

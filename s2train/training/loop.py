@@ -300,7 +300,7 @@ class Trainer:
         return StepOutcome(loss, grad_norm, lr, int(signal), self.auxiliary.means(auxiliary))
 
     def _agreement(self, results: torch.Tensor) -> torch.Tensor:
-        """Return whether a result isn't finite, and a signal, of any rank.
+        """Return whether any rank's result isn't finite, and any rank's signal.
 
         Collective; doesn't wait for the GPU. A signal that arrives while the host waits for the results is agreed on
         in the next step.
