@@ -1,4 +1,4 @@
-"""Check that arguments of the public operation fit together."""
+"""Check that arguments of the public operations fit together."""
 
 from __future__ import annotations
 
@@ -10,12 +10,40 @@ from torch import Tensor
 from .spec import FORMATS, AttentionSpec, Format, shape_bhsd
 from .topk_layout import Layout, TopKLayout
 
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-def check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: Layout, format: Format) -> None:
-    """Check shapes, dtypes, devices and heads; raise ValueError on a mismatch."""
+
+def scale_of(softmax_scale: float | None, dim: int) -> float:
+    """Return the scale of the scores, by default 1 / sqrt(dim).
+
+    Raises ValueError for a scale that can't be.
+    """
+    scale = 1 / math.sqrt(dim) if softmax_scale is None else softmax_scale
+    # a comparison instead of math.isfinite: torch.compile also traces it for a symbolic scale
+    if not 0 < scale < math.inf:
+        raise ValueError(f"softmax_scale must be finite and above 0, got {scale}")
+    return scale
+
+
+def check_triton_dtype(q: Tensor, names: str) -> None:
+    """Check that Triton's kernels take q's dtype; ValueError if not.
+
+    Args:
+        names: the tensors to cast.
+    """
+    if q.dtype not in TRITON_DTYPES:
+        raise ValueError(f"q is {q.dtype}: Triton's kernels take {TRITON_DTYPES}; cast {names}")
+
+
+def check_alike(tensors: dict[str, Tensor], format: Format) -> None:
+    """Check that tensors have four dimensions, and q's floating-point dtype and device.
+
+    Raises ValueError for the first that hasn't.
+    """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {FORMATS}, got {format!r}")
-    for name, x in (("q", q), ("k", k), ("v", v)):
+    q = tensors["q"]
+    for name, x in tensors.items():
         if x.dim() != 4:
             raise ValueError(f"{name} must have the four dimensions {format!r}, got shape {list(x.shape)}")
         if x.dtype != q.dtype:
@@ -23,7 +51,18 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: Layout, format: Forma
         if x.device != q.device:
             raise ValueError(f"q is on {q.device} but {name} on {x.device}: move them to one device")
     if not q.dtype.is_floating_point:
-        raise ValueError(f"q, k and v must be floating point, got {q.dtype}")
+        raise ValueError(f"{', '.join(tensors)} must be floating point, got {q.dtype}")
+
+
+def check_groups(heads: int, kv_heads: int) -> None:
+    """Check that query heads form groups, one for each KV head."""
+    if heads % kv_heads:
+        raise ValueError(f"q has {heads} heads, not a multiple of the {kv_heads} KV heads of k: change one of them")
+
+
+def check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: Layout, format: Format) -> None:
+    """Check shapes, dtypes, devices and heads; raise ValueError on a mismatch."""
+    check_alike({"q": q, "k": k, "v": v}, format)
     if layout.device != q.device:
         raise ValueError(f"q is on {q.device} but the layout on {layout.device}: use layout.to(q.device)")
     (b, heads, _, dim), (b_k, kv_heads, s_k, dim_k) = shape_bhsd(q, format), shape_bhsd(k, format)
@@ -32,8 +71,7 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, layout: Layout, format: Forma
             f"shapes don't match in format {format!r}: q {list(q.shape)}, k {list(k.shape)}, "
             f"v {list(v.shape)}; q and k share batch and head dimension, k and v all but the head dimension"
         )
-    if heads % kv_heads != 0:
-        raise ValueError(f"q has {heads} heads, not a multiple of the {kv_heads} KV heads of k: change one of them")
+    check_groups(heads, kv_heads)
     if layout.batch_size not in (1, b):
         raise ValueError(
             f"the layout is for {layout.batch_size} sequences but q has {b}: build it for the batch"
@@ -58,14 +96,11 @@ def _check_lists(layout: TopKLayout, batch: int, heads: int, kv_heads: int) -> N
 
 
 def check_positions(q_shape: tuple[int, int, int, int], s_k: int, layout: Layout, spec: AttentionSpec) -> None:
-    """Check scale, offset, layout size and the shape of `cu_seqlens`.
+    """Check offset, layout size and the shape of `cu_seqlens`.
 
     Raises ValueError on a mismatch; reads nothing from the device.
     """
     b, _, s_q, _ = q_shape
-    # a comparison instead of math.isfinite: torch.compile also traces it for a symbolic scale
-    if not 0 < spec.softmax_scale < math.inf:
-        raise ValueError(f"softmax_scale must be finite and above 0, got {spec.softmax_scale}")
     if spec.query_offset < 0:
         raise ValueError(f"query_offset must be at least 0, got {spec.query_offset}")
     if spec.cu_seqlens is None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import os
 from typing import Literal, get_args, overload
 
 import torch
 from torch import Tensor
 
-from .arguments import check_positions, check_tensors, check_values
+from .arguments import check_positions, check_tensors, check_triton_dtype, check_values, scale_of
 from .call import Call, keep
 from .custom_op import attend, layout_arguments
 from .layout import BlockLayout
@@ -17,7 +16,6 @@ from .spec import AttentionSpec, Format, shape_bhsd
 from .topk_layout import Layout
 
 Backend = Literal["auto", "triton", "portable", "torch"]
-_TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @overload
@@ -167,9 +165,9 @@ def _checked(
     """Check the arguments' shapes, types and settings."""
     check_tensors(q, k, v, layout, format)
     resolved = resolve_backend(backend, q.device)
-    if resolved != "torch" and q.dtype not in _TRITON_DTYPES:
-        raise ValueError(f"q is {q.dtype}: the {resolved} backend takes {_TRITON_DTYPES}; cast q, k and v")
-    scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
+    if resolved != "torch":
+        check_triton_dtype(q, "q, k and v")
+    scale = scale_of(softmax_scale, q.shape[-1])
     spec = AttentionSpec(scale, causal, query_offset, cu_seqlens, format, resolved == "portable", split_columns)
     check_positions(shape_bhsd(q, format), shape_bhsd(k, format)[2], layout, spec)
     return Call(spec, resolved)

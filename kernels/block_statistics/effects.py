@@ -17,9 +17,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import check_triton_dtype, scale_of
 from ..attention import Backend, resolve_backend
 from ..spec import Format, shape_bhsd, to_bhsd
-from .blocks import TRITON_DTYPES, check_call, query_blocks, scale_of
+from .blocks import check_call, query_blocks
 from .reference import reference_block_effects, reference_rule_effects
 
 SUMS = ("signed", "absolute", "squared", "mass")
@@ -79,7 +80,7 @@ def block_effects(
         ValueError: arguments don't fit together; the message names the argument and the remedy.
     """
     tensors = {"q": q, "k": k, "v": v, "dout": dout}
-    check_call(tensors, {"lse": lse, "delta": delta}, format, block_size, softmax_scale, query_offset)
+    check_call(tensors, {"lse": lse, "delta": delta}, format, block_size, query_offset)
     _check_values(tensors, format)
     views = tuple(to_bhsd(x.detach(), format) for x in (q, k, v, dout))
     n_q = query_blocks(views[0].shape[2], query_offset, block_size)[1]
@@ -91,7 +92,7 @@ def block_effects(
             qh, kh, vh, doh = (x.to(lse.dtype) for x in views)
             out += reference_block_effects(qh, kh, vh, lse.detach(), doh, delta.detach(), *rest)
         else:
-            _check_dtype(q)
+            check_triton_dtype(q, "q, k, v and dout")
             # imported here so that a process loads only the backend that it uses
             from .effects_kernel import triton_block_effects
 
@@ -135,7 +136,7 @@ def rule_effects(
         ValueError: arguments don't fit together; the message names the argument and the remedy.
     """
     tensors = {"q": q, "k": k, "v": v, "dout": dout}
-    check_call(tensors, {"lse": lse, "delta": delta}, format, block_size, softmax_scale, query_offset)
+    check_call(tensors, {"lse": lse, "delta": delta}, format, block_size, query_offset)
     _check_values(tensors, format)
     views = tuple(to_bhsd(x.detach(), format) for x in (q, k, v, dout))
     heads, n_q = views[0].shape[1], query_blocks(views[0].shape[2], query_offset, block_size)[1]
@@ -147,7 +148,7 @@ def rule_effects(
             qh, kh, vh, doh = (x.to(lse.dtype) for x in views)
             out += reference_rule_effects(qh, kh, vh, lse.detach(), doh, delta.detach(), rules, *rest)
         else:
-            _check_dtype(q)
+            check_triton_dtype(q, "q, k, v and dout")
             from .effects_kernel import triton_rule_effects
 
             qh, kh, vh, doh = views
@@ -167,11 +168,6 @@ def _check_values(tensors: dict[str, Tensor], format: Format) -> None:
             f"shapes don't match in format {format!r}: k {list(tensors['k'].shape)}, v {list(tensors['v'].shape)}, "
             f"dout {list(tensors['dout'].shape)}; v has k's shape and dout q's, but for v's head dimension"
         )
-
-
-def _check_dtype(q: Tensor) -> None:
-    if q.dtype not in TRITON_DTYPES:
-        raise ValueError(f"q is {q.dtype}: the triton backend takes {TRITON_DTYPES}; cast q, k, v and dout")
 
 
 def _checked_rules(rules: Tensor, heads: int, n_q: int, n_k: int, device: torch.device) -> Tensor:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import check_triton_dtype, scale_of
 from ..attention import Backend, resolve_backend
 from ..spec import Format, to_bhsd
 from ..topk_layout import TopKLayout
-from .blocks import TRITON_DTYPES, check_call, query_blocks, scale_of
+from .blocks import check_call, query_blocks
 from .reference import reference_mass
 
 
@@ -56,7 +57,7 @@ def block_mass(
     Raises:
         ValueError: arguments don't fit together; the message names the argument and the remedy.
     """
-    check_call({"q": q, "k": k}, {"lse": lse}, format, block_size, softmax_scale, query_offset)
+    check_call({"q": q, "k": k}, {"lse": lse}, format, block_size, query_offset)
     qh, kh = to_bhsd(q.detach(), format), to_bhsd(k.detach(), format)
     if layout is not None:
         _check_layout(layout, qh, kh, block_size, query_offset)
@@ -67,8 +68,7 @@ def block_mass(
             precise = torch.promote_types(q.dtype, torch.float32)
             arguments = (block_size, layout, scale, causal, query_offset)
             return reference_mass(qh.to(precise), kh.to(precise), lse.detach(), *arguments)
-        if q.dtype not in TRITON_DTYPES:
-            raise ValueError(f"q is {q.dtype}: the triton backend takes {TRITON_DTYPES}; cast q and k")
+        check_triton_dtype(q, "q and k")
         # imported here so that a process loads only the backend that it uses
         from .mass_kernel import triton_mass
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
+from ..arguments import check_triton_dtype, scale_of
 from ..attention import Backend, resolve_backend
 from ..layout import BlockLayout
 from .pages import write_token
 from .reference import reference_decode
-
-_TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def block_sparse_decode(
@@ -55,9 +52,9 @@ def block_sparse_decode(
         ValueError: arguments don't fit together; the message names the argument and the remedy. Positions are checked
             only on a CPU.
     """
-    scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
     _check_pages(keys, values, table, positions)
-    _check(q, keys, table, positions, layout, scale)
+    _check(q, keys, table, positions, layout)
+    scale = scale_of(softmax_scale, q.shape[-1])
     if num_splits is not None and not 1 <= num_splits <= 128:
         raise ValueError(f"num_splits must be 1 to 128, got {num_splits}")
     with torch.no_grad():
@@ -68,8 +65,7 @@ def block_sparse_decode(
         # imported here so that a process loads only the backend that it uses
         from .kernels import triton_decode
 
-        if q.dtype not in _TRITON_DTYPES:
-            raise ValueError(f"q is {q.dtype}: the triton backend takes {_TRITON_DTYPES}; cast q, keys and values")
+        check_triton_dtype(q, "q, keys and values")
         return triton_decode(q, keys, values, table, positions, layout, scale, num_splits)
 
 
@@ -126,7 +122,7 @@ def _check_pages(keys: Tensor, values: Tensor, table: Tensor, positions: Tensor)
             raise ValueError(f"keys are on {keys.device} but {name} on {x.device}: move them to one device")
 
 
-def _check(q: Tensor, keys: Tensor, table: Tensor, positions: Tensor, layout: BlockLayout | None, scale: float) -> None:
+def _check(q: Tensor, keys: Tensor, table: Tensor, positions: Tensor, layout: BlockLayout | None) -> None:
     batch, num_kv_heads, num_blocks = table.shape
     if q.dim() != 3 or q.shape[0] != batch or q.shape[2] != keys.shape[2] or q.dtype != keys.dtype:
         raise ValueError(
@@ -137,8 +133,6 @@ def _check(q: Tensor, keys: Tensor, table: Tensor, positions: Tensor, layout: Bl
         raise ValueError(f"q is on {q.device} but keys on {keys.device}: move them to one device")
     if num_kv_heads == 0 or q.shape[1] % num_kv_heads:
         raise ValueError(f"q has {q.shape[1]} heads, not a multiple of the table's {num_kv_heads} KV heads")
-    if not (scale > 0 and math.isfinite(scale)):
-        raise ValueError(f"softmax_scale must be finite and above 0, got {scale}")
     room = num_blocks * keys.shape[1]
     if layout is not None:
         if layout.num_heads != q.shape[1] or layout.block_size != keys.shape[1] or layout.device != q.device:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from ..attention import _TRITON_DTYPES, Backend, resolve_backend
-from ..spec import FORMATS, AttentionSpec, Format, shape_bhsd, to_bhsd
+from ..arguments import check_alike, check_groups, check_triton_dtype, scale_of
+from ..attention import Backend, resolve_backend
+from ..spec import AttentionSpec, Format, shape_bhsd, to_bhsd
 from .hashing import hash_ranks
 from .reference import reference_hyper_attention
 from .settings import HyperSettings
@@ -78,12 +78,9 @@ def hyper_attention(
     """
     check_arguments(q, k, v, projection_seeds, sample_seeds, format)
     resolved = resolve_backend(backend, q.device)
-    scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
-    if not 0 < scale < math.inf:
-        raise ValueError(f"softmax_scale must be finite and above 0, got {scale}")
+    scale = scale_of(softmax_scale, q.shape[-1])
     if resolved != "torch":
-        if q.dtype not in _TRITON_DTYPES:
-            raise ValueError(f"q is {q.dtype}: the {resolved} backend takes {_TRITON_DTYPES}; cast q, k and v")
+        check_triton_dtype(q, "q, k and v")
         # imported here so that a process loads only the backend that it uses
         from .custom_op import traced
         from .triton_backend import triton_hyper_attention
@@ -115,15 +112,7 @@ def check_arguments(
     q: Tensor, k: Tensor, v: Tensor, projection_seeds: Tensor, sample_seeds: Tensor, format: Format
 ) -> None:
     """Check shapes, dtypes and devices; raise ValueError on a mismatch."""
-    if format not in FORMATS:
-        raise ValueError(f"format must be one of {FORMATS}, got {format!r}")
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4:
-            raise ValueError(f"{name} must have the four dimensions {format!r}, got shape {list(x.shape)}")
-        if x.dtype != q.dtype or not x.dtype.is_floating_point:
-            raise ValueError(f"q is {q.dtype} and {name} {x.dtype}: cast them to one floating-point dtype")
-        if x.device != q.device:
-            raise ValueError(f"q is on {q.device} but {name} on {x.device}: move them to one device")
+    check_alike({"q": q, "k": k, "v": v}, format)
     (b, heads, length, dim), k_shape = shape_bhsd(q, format), shape_bhsd(k, format)
     kv_heads = k_shape[1]
     if k_shape != (b, kv_heads, length, dim) or shape_bhsd(v, format)[:3] != k_shape[:3] or 0 in (dim, kv_heads):
@@ -131,8 +120,7 @@ def check_arguments(
             f"shapes don't match in format {format!r}: q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}; q and "
             "k share batch, length and head dimension, k and v all but the head dimension"
         )
-    if heads % kv_heads:
-        raise ValueError(f"q has {heads} heads, not a multiple of the {kv_heads} KV heads of k: change one of them")
+    check_groups(heads, kv_heads)
     for name, seeds in (("projection_seeds", projection_seeds), ("sample_seeds", sample_seeds)):
         if seeds.dtype != torch.int64 or seeds.shape != (kv_heads,) or seeds.device != q.device:
             raise ValueError(

@@ -184,7 +184,7 @@ def test_settings_that_do_not_fit_are_rejected(change: dict, words: str) -> None
         ({"q": torch.randn(70, 1, 3, 16)}, "not a multiple"),
         ({"q": torch.randn(70, 1, 4, 8)}, "shapes don't match"),
         ({"k": torch.randn(60, 1, 2, 16)}, "shapes don't match"),
-        ({"v": torch.randn(70, 1, 2, 16).double()}, "one floating-point dtype"),
+        ({"v": torch.randn(70, 1, 2, 16).double()}, "one dtype"),
         ({"projection_seeds": torch.arange(4)}, "projection_seeds"),
         ({"sample_seeds": torch.arange(2).int()}, "sample_seeds"),
         ({"softmax_scale": 0.0}, "softmax_scale"),
