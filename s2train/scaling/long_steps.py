@@ -46,7 +46,7 @@ class Request:
 def long_steps(runner: Runner, request: Request, hardware: Hardware) -> Iterator[dict[str, Any]]:
     """Measure hybrids at each length, and the dense model at one.
 
-    The dense model's is the longest whose step is short enough.
+    That is the longest at which a step of the dense model is predicted to be quick enough.
 
     The dense model has as many layers as the hybrid at that length. Before, losses of a hybrid on all devices are
     compared with those on two, or on one of two. Plans all runs at once, and yields the results after each run.
