@@ -8,7 +8,6 @@ import math
 import sys
 import time
 import weakref
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,16 +16,17 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from s2train.kernels.relative_error import largest
 from torch import Tensor, nn
 
-from s2train.config import ModelConfig, ParallelConfig, PretrainConfig, TrainConfig
+from s2train.config import LayoutConfig, ModelConfig, ParallelConfig, PretrainConfig, TrainConfig
 from s2train.megatron.gradient_sums import replace_apex
 from s2train.megatron.layer_backends import choose_backend
 from s2train.megatron.model import build_model, transformer_config, unwrap
 from s2train.megatron.overlapped_linear import overlap_communication
 from s2train.megatron.peer_exchange import Exchange, Gathering, Scattering, tensor_parallel_exchange
 from s2train.megatron.setup import initialize, shutdown
-from tests.inference.cached_models import BLOCK, VOCABULARY, hybrid_of
+from s2train.planning import hybrid_layout
 
 HIDDEN, INNER, POSITIONS, BATCH = 24, 40, 32, 3  # of all ranks
+HEADS = 8
 CASES = [(False, False), (True, False), (True, True)]  # weight gradients summed in buffers, recomputed
 
 
@@ -36,7 +36,7 @@ class Pair(nn.Module):
     def __init__(self, ranks: int, fused: bool) -> None:
         super().__init__()
         config = TransformerConfig(
-            num_layers=1, hidden_size=HIDDEN, num_attention_heads=4, tensor_model_parallel_size=ranks,
+            num_layers=1, hidden_size=HIDDEN, num_attention_heads=HEADS, tensor_model_parallel_size=ranks,
             sequence_parallel=True, gradient_accumulation_fusion=fused, use_cpu_initialization=True,
         )  # fmt: skip
         common = {"config": config, "init_method": nn.init.normal_, "bias": False, "skip_bias_add": True}
@@ -157,21 +157,20 @@ def order(ranks: int, exchange: Exchange) -> dict[str, list[str]]:
 
 
 def small(ranks: int, overlap: bool, sequence_parallel: bool = True) -> PretrainConfig:
-    model = ModelConfig("test", 1, 64, 96, 4, 2, 16, VOCABULARY)
+    model = ModelConfig("test", 1, 64, 96, HEADS, 2, 8, vocab_size=96)
     parallel = ParallelConfig(tp=ranks, sequence_parallel=sequence_parallel, tp_comm_overlap=overlap)
-    train = TrainConfig(steps=1, seq_length=8 * BLOCK, global_batch_size=1, precision="fp32")
-    return PretrainConfig(model=model, parallel=parallel, train=train)
+    train = TrainConfig(steps=1, seq_length=128, global_batch_size=1, precision="fp32")
+    return PretrainConfig(model=model, layout=LayoutConfig(layers="D"), parallel=parallel, train=train)
 
 
 def overlapping(cfg: PretrainConfig, device: torch.device) -> list[str]:
     """Names of a run's linear layers that do."""
-    layout = replace(hybrid_of("hybrid"), layers=hybrid_of("hybrid").layers[:1])
-    (chunk,) = build_model(cfg, transformer_config(cfg), layout, choose_backend("local"), device)
+    (chunk,) = build_model(cfg, transformer_config(cfg), hybrid_layout(cfg), choose_backend("local"), device)
     return [name for name, module in unwrap(chunk).named_modules() if hasattr(module, "inputs")]
 
 
 def main() -> None:
-    """Arguments: a seed, and the number of processes: 2 or 4."""
+    """Arguments: a seed, and the number of processes: 2, 4 or 8."""
     seed, ranks = map(int, sys.argv[1:])
     device = initialize(ParallelConfig(tp=ranks), seed)
     replace_apex()
