@@ -152,4 +152,6 @@ def _check_length(cfg: PretrainConfig, data: str, name: str, lengths: npt.NDArra
         remedy = f"Set {tokens - 1} or less, or give that part a larger share in data.split"
         if cfg.data.valid_path is not None:
             remedy = f"Set {tokens - 1} or less, or a larger dataset"
+        elif name == "held-out":
+            remedy += ", or evaluation.interval=0 for no held-out loss"
         raise ConfigError("train.seq_length", cfg.train.seq_length, problem, remedy)

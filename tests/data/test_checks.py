@@ -150,9 +150,13 @@ def test_mock_data_are_split_like_other_data(config: MakeConfig) -> None:
     check_data(config("mock"), ByteTokenizer())
     assert_rejected(config("mock", split="100,0,0"), "data.split", "held-out part of mock data without any")
     check_data(config("mock", split="100,0,0", evaluate=False), ByteTokenizer())
-    assert_rejected(
-        config("mock", split="99.999,0.001,0", seq_length=5000), "train.seq_length", "held-out part of mock data"
-    )
+
+
+def test_a_held_out_part_too_short_for_a_sequence_matters_only_to_evaluation(config: MakeConfig) -> None:
+    settings = {"split": "99.999,0.001,0", "seq_length": 5000}
+    with pytest.raises(ConfigError, match=r"the held-out part of mock data .*, or evaluation.interval=0"):
+        check_data(config("mock", **settings), ByteTokenizer())
+    check_data(config("mock", **settings, evaluate=False), ByteTokenizer())
 
 
 def test_ids_outside_the_vocabulary_are_rejected_if_no_sidecar_names_the_tokenizer(
