@@ -66,7 +66,7 @@ class TrainingError(RuntimeError):
 
 
 class DivergedError(TrainingError):
-    """Too many consecutive steps had a non-finite loss or gradient.
+    """Too many consecutive steps had a non-finite loss or gradient, or counted no token.
 
     All ranks raise it; a restart would repeat it.
     """

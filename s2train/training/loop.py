@@ -39,6 +39,8 @@ from s2train.training.start_times import StartTimes
 from s2train.training.steps import run_step
 from s2train.training.watchdog import Watchdog
 
+NO_TOKEN = "no token counts in the loss: all labels are -1"
+
 
 @dataclass(frozen=True)
 class Speed:
@@ -191,7 +193,7 @@ class Trainer:
             with interval.pause():
                 if self.held_out_set is not None and (self._is_evaluated(step) or is_last):
                     self.watchdog.beat(f"evaluation after step {step}")
-                    held_out = self.held_out_loss()
+                    held_out = self.held_out_loss(step)
             is_due = self._is_due(step)
             if is_due or is_last or is_stopping:
                 self.tracker.report(self._metrics(step, stop, consumed, interval, done, held_out))
@@ -228,8 +230,11 @@ class Trainer:
         for kernels in kernels_of(self.state.chunks):
             self.tracker.note(kernels)
 
-    def held_out_loss(self) -> HeldOut:
-        """Compute the loss over the first `evaluation.batches` held-out global batches."""
+    def held_out_loss(self, step: int) -> HeldOut:
+        """Compute the loss over the first `evaluation.batches` held-out global batches.
+
+        A batch in which no token counts is left out of the mean, and logged. The loss is NaN if that leaves none.
+        """
         cfg, chunks = self.cfg, self.state.chunks
         assert self.held_out_set is not None
         count, edges = cfg.evaluation.batches, position_edges(cfg.train.seq_length)
@@ -243,8 +248,12 @@ class Trainer:
             ]
             for chunk in chunks:
                 chunk.train()
-        losses = [float(of_batch[:, 0].sum() / of_batch[:, 1].sum()) for of_batch in sums]
-        return HeldOut.of(sum(losses) / count, edges, torch.stack(sums).sum(dim=0))
+        totals = [of_batch.sum(dim=0).tolist() for of_batch in sums]
+        losses = [total / tokens for total, tokens in totals if tokens]
+        if len(losses) < count:
+            self.tracker.note(f"step {step} | {count - len(losses)} of {count} held-out batches: {NO_TOKEN}")
+        mean = sum(losses) / len(losses) if losses else math.nan
+        return HeldOut.of(mean, edges, torch.stack(sums).sum(dim=0))
 
     def _is_evaluated(self, step: int) -> bool:
         return self.held_out_set is not None and step % self.cfg.evaluation.interval == 0
@@ -260,7 +269,7 @@ class Trainer:
     def _step(self, batches: list[EarlyBatches], step: int, consumed: int, size: int) -> StepOutcome:
         """Run one training step.
 
-        If loss or gradient is not finite on any rank, all ranks skip the step.
+        If loss or gradient is not finite on any rank, or no token counts in the loss, all ranks skip the step.
 
         Args:
             consumed: samples before it.
@@ -284,10 +293,11 @@ class Trainer:
                     each.fetch()
         # One read of all: each waits, and the GPU is idle from here until the optimizer's kernels are launched.
         is_bad, signal, total, tokens, square, *auxiliary = values.tolist()
-        loss, grad_norm = total / tokens, square**0.5
-        if is_bad:
+        loss, grad_norm = total / tokens if tokens else math.nan, square**0.5
+        if is_bad or not tokens:
             state.scheduler.step(0)  # restores the weight decay, which is 0 in the steps of a frozen trunk
-            self._skip(step, loss, grad_norm, consumed, size)
+            reason = f"loss {loss}, gradient norm {grad_norm}" if tokens else NO_TOKEN
+            self._skip(step, loss, reason, consumed, size)
         else:
             if factor := self.loss_history.spike(loss, self.cfg.train.spike_factor):
                 self._log_batch(
@@ -311,18 +321,18 @@ class Trainer:
         is_bad = ~results.isfinite().all(dim=0, keepdim=True)
         return take_maximum(torch.cat([is_bad.double(), results.new_full((1,), self.signals.received)]))
 
-    def _skip(self, step: int, loss: float, grad_norm: float, consumed: int, size: int) -> None:
+    def _skip(self, step: int, loss: float, reason: str, consumed: int, size: int) -> None:
         self.loss_history = self.loss_history.after_skip()
-        self._log_batch("skipped", step, consumed, size, f"skipped: loss {loss}, gradient norm {grad_norm}", loss)
+        self._log_batch("skipped", step, consumed, size, f"skipped: {reason}", loss)
         limit = self.cfg.train.max_skipped_steps
         if self.loss_history.skipped_in_row > limit:
             self.saver.close()
             saved = checkpoints_in(own_checkpoints(self.cfg.run_dir))
+            change = "data.path without such documents" if reason == NO_TOKEN else "a lower optim.lr or optim.clip_grad"
             raise DivergedError(
-                f"step {step}: loss {loss}, gradient norm {grad_norm}; train.max_skipped_steps={limit} steps in a row"
-                " before it were skipped for the same reason. Nothing was saved. Resume from an earlier checkpoint in"
-                f" another run_dir (checkpoint.resume={saved[-1] if saved else '…'}), with a lower optim.lr or"
-                " optim.clip_grad"
+                f"step {step}: {reason}; train.max_skipped_steps={limit} steps in a row before it were skipped for the"
+                " same reason. Nothing was saved. Resume from an earlier checkpoint in another run_dir"
+                f" (checkpoint.resume={saved[-1] if saved else '…'}), with {change}"
             )
 
     def _log_batch(self, event: str, step: int, consumed: int, size: int, what: str, loss: float) -> None:

@@ -53,7 +53,7 @@ class StepMetrics:
         tokens_per_s: throughput of the whole job.
         model_tflops: TFLOP/s per device, from the exact FLOPs of the layout, without recomputation.
         mfu: model_tflops over the device's dense peak; None if the peak is unknown.
-        skipped: steps of the whole run skipped because the loss or gradient was not finite.
+        skipped: steps of the whole run skipped because the loss or gradient was not finite, or no token counted.
         held_out_loss_by_position, held_out_short, held_out_long: see `s2train.training.loss_by_position.HeldOut`.
         timed_from: in the first report after a resume, the first step of its times and rates, if its losses include
             earlier ones; else None.

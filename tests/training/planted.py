@@ -101,6 +101,19 @@ def nan(step: int) -> None:
     at_step(step + 1, compare)
 
 
+def masked(step: int) -> None:
+    """Let no token of `step` and of the evaluation after it count in the loss."""
+    from s2train.training import steps
+
+    loss = steps.token_loss
+
+    def of_no_token(loss_mask: torch.Tensor, edges: list[int] | None, losses: torch.Tensor) -> Any:
+        return loss(torch.zeros_like(loss_mask), edges, losses)
+
+    at_step(step, lambda: setattr(steps, "token_loss", of_no_token))
+    at_step(step + 2, lambda: setattr(steps, "token_loss", loss))
+
+
 def reads(step: int) -> None:
     """Print the functions that read several values from a device in `step`."""
     read, readers = torch.Tensor.tolist, list[str]()
@@ -180,7 +193,7 @@ if __name__ == "__main__":
     name, *numbers = os.environ["S2TRAIN_TEST_FAULT"].split(":")
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         step = int(numbers[1])
-        everywhere = name in ("die", "hang", "nan", "full_disk")
+        everywhere = name in ("die", "hang", "nan", "masked", "full_disk")
         if everywhere or is_planted_here():
             globals()[name](step)
     sys.argv[0] = str(ROOT / "launch" / "pretrain.py")

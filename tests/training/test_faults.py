@@ -140,6 +140,16 @@ def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_any(tmp_pa
     assert read_progress(checkpoints_in(tmp_path / "checkpoints")[-1]).health["skipped"] == 1
 
 
+def test_a_step_and_an_evaluation_in_which_no_token_counts_are_logged_and_change_nothing(tmp_path: Path) -> None:
+    settings = [STEPS, UNSAVED, "train.exit_step=3", "evaluation.interval=2", "evaluation.batches=1"]
+    done = planted("masked:0:2", tmp_path, *settings).succeeded()
+    assert "step 2 | samples 8 to 15 | skipped: no token counts in the loss" in done.out
+    assert "step 2 | 1 of 1 held-out batches: no token counts in the loss" in done.out
+    records = [record for record in trace(tmp_path) if record["step"] > 1]
+    assert [record["skipped"] for record in records] == [1, 1]
+    assert [record["held_out_loss"] is None for record in records] == [True, False]
+
+
 def test_a_step_waits_for_its_results_once(tmp_path: Path) -> None:
     done = planted("reads:0:3", tmp_path, STEPS, UNSAVED)
     assert done.status == 0, done.err
