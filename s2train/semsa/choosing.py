@@ -103,7 +103,10 @@ def choose(cfg: ChooseLayoutConfig, profile: Profile) -> Choice:
         least = float(of_rule[..., allowed].min(-1).mean())
         if least > budget:
             problem = f"at {length:,} tokens the sparsest rules keep {least:.4f}"
-            remedy = f"Set density={np.ceil(least * 100) / 100:g} or more, or profile sparser rules (library.spans)."
+            enough = np.ceil(least * 100) / 100
+            larger = f"density={enough:g} or more" if enough < 1 else "density=1"
+            sparser = "profile sparser rules (library.spans)" if cfg.rules is None else "allow sparser rules (rules)"
+            remedy = f"Set {larger}, or {sparser}."
             raise ConfigError("density", budget, problem, remedy)
     blocks = [-(-length // profile.block_size) for length in lengths]
     cost = sum(profile.costs(cfg.cost, count) for count in blocks) / len(blocks)

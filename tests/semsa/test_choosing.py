@@ -123,6 +123,10 @@ def test_a_saved_profile_is_read_as_it_was(profile: Profile, tmp_path: Path) -> 
             {"density": 0.05},
             r"density=0.05: at 256 tokens the sparsest rules keep 0.0661. Set density=0.07 or more",
         ),
+        (
+            {"density": 0.5, "rules": [6]},
+            r"density=0.5: at 256 tokens the sparsest rules keep 1.0000. Set density=1, or allow sparser rules",
+        ),
         ({"density": 1.5}, "density=1.5: no share"),
         ({"density": True}, "density=true: no share"),
         ({"density": [True]}, r"density=\[true\]: no share"),
