@@ -66,7 +66,7 @@ class TrainingError(RuntimeError):
 
 
 class DivergedError(TrainingError):
-    """Too many consecutive steps had a non-finite loss or gradient, or counted no token.
+    """Too many steps in a row had no finite loss or gradient.
 
     All ranks raise it; a restart would repeat it.
     """

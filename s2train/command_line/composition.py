@@ -15,8 +15,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from s2train.command_line.file_errors import explain_file
+from s2train.command_line.group_values import check_group_values, no_model
 from s2train.command_line.layout_files import PREFIX, store_layout_files
-from s2train.command_line.names import nearest, type_of, unknown_name
+from s2train.command_line.names import nearest, one_of_section, type_of, unknown_name
 from s2train.command_line.old_names import OLD_NAMES, with_current_names
 from s2train.command_line.overrides import quote_where_needed, syntax_problem
 from s2train.errors import ConfigError
@@ -88,10 +89,11 @@ def hydra_arguments(arguments: Sequence[str], schema: type) -> list[str]:
     Args:
         schema: the dataclass of the program's settings.
     Raises:
-        ConfigError: a setting is given by its old name and by its current one, or as an option, or `layout=file:…`
-            names no layout.
+        ConfigError: a setting is given by its old name and by its current one, or as an option, `layout=file:…` names
+            no layout, or a configuration group's value can't be a name.
     """
     _check_dashes(arguments, schema)
+    check_group_values(overrides_of(arguments), config_groups(CONF), schema)
     if type_of("layout", schema) is not None:
         store_layout_files(arguments)
     old_names = {old: new for old, new in OLD_NAMES.items() if type_of(new, schema) is not None}
@@ -232,6 +234,8 @@ def _shorten_message(
     message = str(error).splitlines()
     cause = str(error.__cause__).splitlines()[0].rstrip(".") if error.__cause__ else ""
     of_sweep = [message[0].removeprefix(_MERGING)] if message[0].startswith(_MERGING) else []  # with one of its values
+    if cause == "Missing mandatory value: model":  # a setting of the model, which has no file
+        return str(no_model(groups["model"]))
     for text in (*overrides, *of_sweep):
         key, _, value = text.lstrip("+~").partition("=")
         if message[0].startswith(f"Multiple values for {key}.") and text.startswith("+"):
@@ -256,7 +260,7 @@ def _shorten_message(
             if str(kind).startswith("list[") and not value.startswith("["):
                 remedy = f"Write a list: '{key}=[{value}]'."
             if dataclasses.is_dataclass(kind):
-                remedy = f"Set one of {', '.join(f'{key}.{field.name}' for field in dataclasses.fields(kind))}."
+                remedy = one_of_section(key, kind)
             return str(ConfigError(key, value, cause, remedy))
     return ": ".join(line.strip() for line in (*message[:1], cause) if line)
 

@@ -22,6 +22,11 @@ def unknown_name(key: str, value: object, schema: type, groups: Iterable[str]) -
     return ConfigError(key, value, "no such setting", f"Did you mean {near}? {there} {', '.join(siblings)}.")
 
 
+def one_of_section(key: str, kind: Any) -> str:
+    """Make the remedy for a value given to a section (a dataclass)."""
+    return f"Set one of {', '.join(f'{key}.{field.name}' for field in dataclasses.fields(kind))}."
+
+
 def nearest(name: str, choices: Sequence[str]) -> str:
     return difflib.get_close_matches(name, choices, n=1, cutoff=0.0)[0]
 

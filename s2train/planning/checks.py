@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from s2train.attention.hybrid import HybridLayout, build_hybrid_layout
 from s2train.command_line.budgets import steps_given
+from s2train.command_line.group_values import no_model
 from s2train.config import PretrainConfig, to_object
 from s2train.costs.memory import GIB
 from s2train.data.parts import check_parts
@@ -40,10 +41,8 @@ def resolve(cfg: DictConfig, models: Sequence[str], overrides: Sequence[str] = (
     Raises:
         ConfigError: no model is set, a setting has no value, or steps and tokens contradict each other.
     """
-    if OmegaConf.is_missing(cfg, "model"):
-        names = ", ".join(models)
-        remedy = f"Add +model=NAME, or an +experiment=NAME that names one; models are {names}."
-        raise ConfigError("+model", "(not set)", "no model is set", remedy)
+    if OmegaConf.is_missing(cfg, "model") or OmegaConf.is_missing(cfg.model, "name"):
+        raise no_model(models)
     if OmegaConf.select(cfg, "train.tokens") is not None and OmegaConf.is_missing(cfg.train, "steps"):
         cfg.train.steps = 0  # until it is derived
     resolved = to_object(cfg)

@@ -160,6 +160,11 @@ def rejected(program: str, *arguments: str, processes: int = 0) -> Outcome:
         (["+model=7b_hybrid", "-plan"], "settings have no dashes. Write plan=VALUE."),
         (["+model=7b_hybrid", "--train.steps=5"], "settings have no dashes. Write train.steps=5."),
         (["+model=7b_hybrid", "layout.pattern.kind=locl_vertical"], "local_vertical"),
+        (["model=[]"], "error: model=[]: names no file. Write +model=NAME. There are 125m_dense"),
+        (["+model=7b_hybrid", "data=null"], "error: data=null: names no file. Write data=NAME. There are bundled"),
+        (["-m", "+model=7b_hybrid", "layout=dense,null"], "error: layout=dense,null: names no file."),
+        (["model.num_layers=2"], "error: +model=(not set): no model is set. Add +model=NAME"),
+        (["model={num_layers:2}"], "error: +model=(not set): no model is set. Add +model=NAME"),
     ],
 )
 def test_the_program_prints_one_line_only(arguments: list[str], near: str) -> None:
@@ -172,6 +177,9 @@ def test_the_program_prints_one_line_only(arguments: list[str], near: str) -> No
 def test_the_other_programs_say_one_line_too() -> None:
     assert "tokenizer" in error_line(rejected("prepare_data.py", "tokeniser=bytes"))
     assert "checkpoint" in error_line(rejected("needle.py", "chekpoint=runs/a"))
+    calibration = rejected("profile_attention.py", "data=bundled")
+    assert "data=bundled: is a section of settings. Set one of data.path," in error_line(calibration)
+    assert "model=7b_hybrid: no such setting" in error_line(rejected("needle.py", "+model=7b_hybrid"))
 
 
 @pytest.mark.slow
