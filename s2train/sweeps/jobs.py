@@ -88,6 +88,13 @@ class Job:
         done = [r["step"] for r in read_records(metrics) if r.get("event") == ("checkpoint" if saves else None)]
         return max(done, default=-1) >= self.last_step > 0
 
+    @property
+    def labelled_error(self) -> str:
+        """The error after the swept settings that it does not begin with."""
+        texts = [f"{setting}={value}" for setting, value in self.swept.items()] or [self.label]
+        others = " ".join(text for text in texts if not self.error.startswith(f"{text}: "))
+        return f"{others}: {self.error}" if others else self.error
+
     def add_plan(self, plan: Plan) -> None:
         """Set what is known before the run."""
         self.layers, self.density, self.last_step = plan.letters, plan.density, plan.cfg.train.last_step

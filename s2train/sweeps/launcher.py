@@ -199,7 +199,7 @@ class SweepLauncher(Launcher):
         waiting = [job for job in jobs if job.status is Status.WAITING]
         rejected = [job for job in jobs if job.status is Status.REJECTED]
         for job in rejected:
-            print(f"error: {job.label}: {job.error}", file=sys.stderr, flush=True)
+            print(f"error: {job.labelled_error}", file=sys.stderr, flush=True)
         if rejected and not self.settings.skip_invalid:
             if self.trials:
                 self._print_report()  # of earlier batches

@@ -170,9 +170,21 @@ def test_invalid_jobs_keep_all_from_starting_and_are_all_listed(sweep: Any, caps
     assert ended.value.code == 2
     assert sweeper.ran == []
     printed = capsys.readouterr().err
-    assert "error: train.seq_length=8: train.seq_length=8: the sequence is shorter than a block" in printed
-    assert "error: train.seq_length=4" in printed
+    assert "error: train.seq_length=8: the sequence is shorter than a block" in printed
+    assert "error: train.seq_length=4: the" in printed
     assert "2 of 3 jobs can't run" in printed
+
+
+def test_a_job_s_error_names_each_swept_setting_once(sweep: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        sweep("seed=1,2", "train.seq_length=8").launch(["seed=2", "train.seq_length=8"])
+    with pytest.raises(SystemExit):
+        sweep("seed=1,2", "train.seq_length=8,256").launch(["seed=1", "train.seq_length=8"])
+    printed = [line for line in capsys.readouterr().err.splitlines() if "shorter than a block" in line]
+    assert [line.partition(": the sequence")[0] for line in printed] == [
+        "error: seed=2: train.seq_length=8",
+        "error: seed=1: train.seq_length=8",
+    ]
 
 
 def test_skip_invalid_runs_the_rest(sweep: Any, tmp_path: Path) -> None:
@@ -213,7 +225,7 @@ def test_a_plan_rejects_the_checkpoint_that_a_job_would(
     sweeper = sweep(f"checkpoint.resume=never,{tmp_path}", "plan.show=true")
     with pytest.raises(SystemExit):
         sweeper.launch(["checkpoint.resume=never", "plan.show=true"], [resume, "plan.show=true"])
-    assert f"error: {resume}: {resume}: no checkpoint there." in (err := capsys.readouterr().err)
+    assert f"error: {resume}: no checkpoint there." in (err := capsys.readouterr().err)
     assert "1 of 2 jobs can't run" in err
 
 

@@ -173,7 +173,8 @@ def test_an_earlier_sweeps_failure_is_shown_but_does_not_fail_this_one(tmp_path:
 
 
 def test_a_failed_job_shows_its_error_beside_the_results_of_the_others(tmp_path: Path) -> None:
-    failed = Job(tmp_path / "c", "layout=[c] seed=1", {"layout": "[c]"}, [], status=Status.FAILED, error="no [red]data")
+    swept = {"layout": "[c]", "seed": "1"}
+    failed = Job(tmp_path / "c", "layout=[c] seed=1", swept, [], status=Status.FAILED, error="no [red]data")
     write_record(tmp_path, [made(tmp_path, "a", 1), failed])
     good, text = printed(tmp_path)
     assert not good
