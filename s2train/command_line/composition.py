@@ -5,7 +5,7 @@ The line suggests the nearest name, which Hydra's own messages don't.
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from s2train.command_line.file_errors import explain_file
-from s2train.command_line.group_values import check_group_values, no_model
+from s2train.command_line.group_values import check_group_values, no_model, values_of
 from s2train.command_line.layout_files import PREFIX, store_layout_files
 from s2train.command_line.names import nearest, one_of_section, type_of, unknown_name
 from s2train.command_line.old_names import OLD_NAMES, with_current_names
 from s2train.command_line.overrides import quote_where_needed, syntax_problem
+from s2train.command_line.sweep_values import check_sweep_values
 from s2train.errors import ConfigError
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -90,10 +91,11 @@ def hydra_arguments(arguments: Sequence[str], schema: type) -> list[str]:
         schema: the dataclass of the program's settings.
     Raises:
         ConfigError: a setting is given by its old name and by its current one, or as an option, `layout=file:…` names
-            no layout, or a configuration group's value can't be a name.
+            no layout, a configuration group's value can't be a name, or a sweep has no values.
     """
     _check_dashes(arguments, schema)
     check_group_values(overrides_of(arguments), config_groups(CONF), schema)
+    check_sweep_values(overrides_of(arguments))
     if type_of("layout", schema) is not None:
         store_layout_files(arguments)
     old_names = {old: new for old, new in OLD_NAMES.items() if type_of(new, schema) is not None}
@@ -182,7 +184,7 @@ def _name_error(override: Override, groups: Mapping[str, Sequence[str]], schema:
         return None
     plus = "+" if override.is_add() else ""
     if key in groups:
-        for value in _values(override):
+        for value in values_of(override):
             if isinstance(value, str) and value not in groups[key] and not value.startswith(PREFIX):
                 sized = [name for name in groups[key] if name.startswith(f"{value}_")]  # 7b: 7b_dense and 7b_hybrid
                 near = sized or [nearest(value, groups[key])]
@@ -205,13 +207,6 @@ def _name_error(override: Override, groups: Mapping[str, Sequence[str]], schema:
     return None
 
 
-def _values(override: Override) -> Iterable[Any]:
-    if override.is_sweep_override():
-        return override.sweep_string_iterator()
-    value = override.value()
-    return value if isinstance(value, list) else [value]
-
-
 def _divided_braces(overrides: Sequence[str]) -> ConfigError | None:
     """Return an error if the shell divided unquoted braces into several overrides."""
     parts: dict[str, list[str]] = {}
@@ -229,9 +224,12 @@ def _shorten_message(
     error: HydraException, overrides: Sequence[str], groups: Mapping[str, Sequence[str]], schema: type
 ) -> str:
     """Shorten Hydra's and OmegaConf's messages, and add a remedy for common mistakes."""
+    message = str(error).splitlines()
+    for key, _, value in (text.lstrip("+").partition("=") for text in overrides):
+        if key in _HYDRA_GROUPS and f"'{key}/{value}'" in message[0]:
+            return str(ConfigError(key, value, "unknown name", f"There are {_HYDRA_GROUPS[key]}."))
     if about_file := explain_file(str(error), groups, schema):
         return about_file
-    message = str(error).splitlines()
     cause = str(error.__cause__).splitlines()[0].rstrip(".") if error.__cause__ else ""
     of_sweep = [message[0].removeprefix(_MERGING)] if message[0].startswith(_MERGING) else []  # with one of its values
     if cause == "Missing mandatory value: model":  # a setting of the model, which has no file
@@ -246,10 +244,13 @@ def _shorten_message(
             return str(ConfigError(key, value, "no such entry to override", remedy))
         if message[0] == f"Could not append to config. An item is already at '{key}'.":
             return str(ConfigError(f"+{key}", value, "has a value already", f"Write {key}={value} to change it."))
-        if key in _HYDRA_GROUPS and f"{key}/{value}" in " ".join(message):
-            return str(ConfigError(key, value, "unknown name", f"There are {_HYDRA_GROUPS[key]}."))
         if message[0] == f"Ambiguous value for argument '{text}'":
             return str(_ambiguous(key, value, None if key in groups else type_of(key, schema)))
+        if message[0] == f"Sweep parameters '{text}' requires --multirun":
+            return str(ConfigError(key, value, "a sweep", "Write one value, or add -m to run them all."))
+        if message[0].endswith("INTERVAL_SWEEP") and "interval(" in value:
+            remedy = f"List values, such as {key}=A,B, or use hydra/sweeper=optuna."
+            return str(ConfigError(key, value, "an interval, which only optuna draws from", remedy))
         if message[0].startswith("force-add of config groups"):
             remedy = f"Write +{key}={value} to add it, or {key}={value} to replace another."
             return str(ConfigError(f"++{key}", value, "names a file, which takes one plus or none", remedy))

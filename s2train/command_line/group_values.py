@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep
+from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString, RangeSweep
 from hydra.errors import HydraException
 
 from s2train.command_line.names import one_of_section, type_of, unknown_name
@@ -27,8 +27,11 @@ def check_group_values(arguments: Iterable[str], groups: Mapping[str, Sequence[s
         key, _, value = argument.lstrip("+").partition("=")
         if key not in groups:
             continue
-        names = _names(argument)
-        if has_groups and any(name is None or isinstance(name, int | float) for name in names or [None]):
+        try:
+            names = values_of(OverridesParser.create().parse_override(argument))
+        except HydraException:  # explained when Hydra rejects it
+            continue
+        if has_groups and any(name is None or isinstance(name, int | float | RangeSweep) for name in names or [None]):
             plus = "+" if argument.startswith("+") or key == "model" else ""  # `model` has no default
             remedy = f"Write {plus}{key}=NAME. There are {', '.join(groups[key])}."
             raise ConfigError(argument.partition("=")[0], value, "names no file", remedy)
@@ -49,11 +52,9 @@ def no_model(models: Sequence[str]) -> ConfigError:
     return ConfigError("+model", "(not set)", "no model is set", remedy)
 
 
-def _names(argument: str) -> list[Any]:
-    """The values of an override, of a list or of a sweep."""
-    try:
-        value: Any = OverridesParser.create().parse_override(argument).value()
-    except HydraException:  # explained when Hydra rejects it
-        return [argument]
-    value = value.list if isinstance(value, ChoiceSweep) else value
+def values_of(override: Override) -> list[Any]:
+    """Return the values of an override, its list or its sweep."""
+    value: Any = override.value()
+    if isinstance(value, ChoiceSweep):
+        return [one.text if isinstance(one, QuotedString) else one for one in value.list]
     return value if isinstance(value, list) else [value]

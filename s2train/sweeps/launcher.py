@@ -72,6 +72,8 @@ class SweepLauncher(Launcher):
 
         A job without a loss returns None as COMPLETED, since a FAILED one would make Hydra's own sweeper end the sweep.
         """
+        if not job_overrides:
+            run_command(_reject_empty)
         batch = [self._prepare(filter_overrides(overrides)) for overrides in job_overrides]
         run_command(lambda: self._run_batch(list({job.folder: job for job in batch}.values())))
         self.trials += len(batch)
@@ -216,6 +218,11 @@ class SweepLauncher(Launcher):
             sys.exit(INTERRUPTED_STATUS)
         finally:
             self.record()
+
+
+def _reject_empty() -> None:
+    problem = "the sweep has no job: a glob matches no file of a configuration group"
+    raise ConfigError("-m", "multirun", problem, "Correct it, or list the names.")
 
 
 def _program(config: DictConfig) -> Program:

@@ -54,9 +54,7 @@ def report(sweep_dir: Path, console: Console | None = None) -> bool:
         written.append(sweep_dir / "sweep.png")
     bad = [result.job for result in results if result.job.status in (Status.FAILED, Status.REJECTED)]
     for job in bad:
-        console.print(
-            f"{job.status} {job.labelled_error}", style="red", highlight=False, markup=False, soft_wrap=True
-        )
+        console.print(f"{job.status} {job.labelled_error}", style="red", highlight=False, markup=False, soft_wrap=True)
     if (best := _best([result.job for result in results])) is not None:
         console.print(best, highlight=False, markup=False, soft_wrap=True)
     console.print(f"results in {' and '.join(map(str, written))}", highlight=False, markup=False, soft_wrap=True)

@@ -164,6 +164,11 @@ def rejected(program: str, *arguments: str, processes: int = 0) -> Outcome:
         (["+model=7b_hybrid", "data=null"], "error: data=null: names no file. Write data=NAME. There are bundled"),
         (["-m", "+model=7b_hybrid", "layout=dense,null"], "error: layout=dense,null: names no file."),
         (["model.num_layers=2"], "error: +model=(not set): no model is set. Add +model=NAME"),
+        (["-m", "+model=7b_hybrid", "seed=range(1,3),a"], "error: seed=range(1,3),a: mixes a function and values."),
+        (["-m", "+model=7b_hybrid", "seed=range(3,1)"], "error: seed=range(3,1): holds no value."),
+        (["-m", "+model=7b_hybrid", "seed=interval(1,3)"], "such as seed=A,B, or use hydra/sweeper=optuna."),
+        (["+model=7b_hybrid", "layout=glob(*)"], "error: layout=glob(*): a sweep. Write one value, or add -m"),
+        (["hydra/launcher=x"], "error: hydra/launcher=x: unknown name. There are s2train_local and"),
         (["model={num_layers:2}"], "error: +model=(not set): no model is set. Add +model=NAME"),
     ],
 )

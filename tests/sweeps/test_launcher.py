@@ -259,6 +259,13 @@ def test_a_sweep_that_cannot_work_is_rejected(
     assert message in capsys.readouterr().err
 
 
+def test_a_sweep_without_a_job_is_rejected(sweep: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    sweeper = sweep("layout=glob(zz*)")
+    with pytest.raises(SystemExit):
+        sweeper.launch()
+    assert "error: -m=multirun: the sweep has no job: a glob matches no file" in capsys.readouterr().err
+
+
 def test_the_error_inside_torchrun_says_how_to_sweep(
     sweep: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
