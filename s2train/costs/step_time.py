@@ -19,7 +19,7 @@ How near it is (tests/costs/test_step_time.py):
 - Waits for a slow host are not predicted; `Prediction.slow_host_s` warns of them. Small models waited
   (`2026-11-28-h100-library-losses.json`), and the 1B hybrid on four context parallel ranks with 8k tokens each (12 %
   longer). So did probably, unprofiled, a 125M hybrid with one micro batch a step on each of four GPUs (23 % longer),
-  and its dense twin (9 % longer), of which nothing warns.
+  and its dense twin (9 % longer).
 
 Other GPUs are estimated as H100s scaled by the ratio of peak rates: FLOP/s for products and attention, memory bandwidth
 for elementwise work and the optimizer, link bandwidth for communication. None was measured. More than four tensor or
@@ -89,9 +89,10 @@ _CP_SPARSE = 0.4  # a sparse layer's exchange relative to a dense layer's
 # Seconds between kernels, per layer and micro batch: 5.6 and 3.9 ms of 1B steps of 32 and 16 (the same, and with micro
 # batches of two). An H100 waited 0.45e-3 in 2026-11-26-h100x2-scaling.json.
 _HOST = 0.22e-3
-# Seconds to launch the kernels of a layer and micro batch on the slowest host measured, and between context parallel
-# ranks: four ranks of the 1B model took 10.4 ms (launch/results/2026-11-29-h200x4-scaling.json).
-_SLOW_HOST, _SLOW_CP_HOST = 8e-3, 10.5e-3
+# Seconds to launch the kernels of a layer and micro batch on the slowest host measured, and for one of several ranks on
+# a host: four context parallel ranks of the 1B model took 10.4 ms (launch/results/2026-11-29-h200x4-scaling.json), four
+# data parallel ranks of a 125M dense model 10.2 ms (2026-11-29-h200-quality-125m/).
+_SLOW_HOST, _SLOW_SHARED_HOST = 8e-3, 10.5e-3
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ def predict_step(
     )
     tokens_per_s = cfg.train.global_batch_size * cfg.train.seq_length / time.total
     in_layers = ranks[slowest].total / max(sum(stages.of_rank(slowest)), 1)
-    slow_host = _SLOW_CP_HOST if cfg.parallel.cp > 1 else _SLOW_HOST
+    slow_host = _SLOW_SHARED_HOST if world_size > 1 else _SLOW_HOST
     return Prediction(
         time=time,
         tokens_per_s=tokens_per_s,
