@@ -193,6 +193,8 @@ def main() -> None:
         parser.error(f"{there[0]} exists and is not overwritten: name another OUTPUT, or move it away")
     folders = [path for path in sorted(given.root.iterdir()) if any(path.glob("*/metrics.jsonl"))]
     variants = {folder.name: read_variant(folder) for folder in folders}
+    if not variants and not given.beside:
+        parser.error(f"{given.root}: no variant in it has metrics.jsonl; `launch/needle_recipe.py train` writes it")
     for name in given.shared:
         if name not in variants:
             parser.error(

@@ -72,6 +72,8 @@ class Request:
         lengths: tokens of a sequence.
         tokens: tokens of a step.
         layers: number of layers; None: the largest that fits.
+    Raises:
+        ConfigError: a number can't work.
     """
 
     size: str
@@ -82,6 +84,17 @@ class Request:
     warmup: int
     overrides: Sequence[str]
     layouts: Sequence[str] = ("DSSS",)
+
+    def __post_init__(self) -> None:
+        for option, value, least in (
+            ("--lengths", min(self.lengths), 1),
+            ("--tokens", self.tokens, 1),
+            ("--layers", self.layers, 1),
+            ("--steps", self.steps, 1),
+            ("--warmup", self.warmup, 0),
+        ):
+            if value is not None and value < least:
+                raise ConfigError(option, value, "is too small", f"Set {least} or more")
 
 
 def case_overrides(size: str, stack: Stack, length: int, tokens: int, layers: int, recompute: str) -> list[str]:

@@ -114,6 +114,13 @@ def test_an_unknown_stack_is_rejected_with_the_known_ones(tmp_path: Path) -> Non
     assert "hybrid DSSS" in done.err
 
 
+@pytest.mark.parametrize("option", ["--lengths=0", "--tokens=0", "--layers=0", "--steps=0", "--warmup=-1"])
+def test_a_number_that_cannot_work_is_rejected(option: str, tmp_path: Path) -> None:
+    outcome = run("long_steps.py", str(tmp_path / "long"), option, processes=0)
+    assert outcome.status == 2
+    assert f"error: {option}: is too small. Set " in outcome.err
+
+
 def test_the_earlier_name_of_an_option_is_accepted_with_a_warning(tmp_path: Path) -> None:
     done = run("long_steps.py", str(tmp_path / "long"), "--ways", "dense cuDNN 2", *SMALL, processes=0)
     assert "warning: --ways is now --variants\n" in done.err

@@ -173,12 +173,17 @@ def test_pictures_are_not_overwritten_nor_drawn_of_nothing(
 ) -> None:
     picture = runpy.run_path(str(ROOT / "launch" / "needle_curves.py"))
     (tmp_path / "out.png").write_text("mine")
-    for root, words in ((tmp_path / "none", "no such folder"), (tmp_path, "not overwritten")):
-        monkeypatch.setattr(sys, "argv", ["needle_curves.py", str(root), str(tmp_path / "out")])
+    for root, name, words in (
+        (tmp_path / "none", "out", "no such folder"),
+        (tmp_path, "out", "not overwritten"),
+        (tmp_path, "new", "no variant in it has metrics.jsonl"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["needle_curves.py", str(root), str(tmp_path / name)])
         with pytest.raises(SystemExit):
             picture["main"]()
         assert words in capsys.readouterr().err
     assert (tmp_path / "out.png").read_text() == "mine"
+    assert not (tmp_path / "new.png").exists()
 
 
 def test_earlier_pictures_variants_are_drawn_beside_and_named_with_their_file(
