@@ -1,10 +1,13 @@
 """Reads the documents of a file."""
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from s2train.errors import ConfigError
 from s2train.preparation.sources import BadDocumentError, Source, read_pieces
+
+_OR_FORMAT = re.compile("[,;] or set format=")
 
 
 def read_documents(
@@ -45,7 +48,8 @@ def documents_of(setting: str, value: object, path: Path, text_key: str, *, keep
     except ConfigError as error:
         if error.setting == "text_key":
             raise
-        raise ConfigError(setting, value, error.problem, error.remedy) from error
+        remedy = _OR_FORMAT.split(error.remedy)[0]  # a setting of launch/prepare_data.py alone
+        raise ConfigError(setting, value, error.problem, remedy) from error
     if keep_line_end or source.format.kind != "text":
         return texts
     return [text.removesuffix("\n") for text in texts]

@@ -33,6 +33,7 @@ from s2train.preparation.progress import Meter
 from s2train.preparation.resumable_writer import ResumableWriter, open_folder
 from s2train.preparation.sources import PIECE_BYTES, BadDocumentError, Piece, Source, read_pieces
 from s2train.preparation.tokenizing import Encoding, encode_all
+from s2train.validation.values import check_seed
 
 _TOKENIZER = "-tokenizer.json"
 _BYTES_PER_WORKER = 4 << 20  # with less input, starting a worker takes longer than its work
@@ -65,9 +66,10 @@ def prepare(cfg: PrepareConfig) -> Metadata:
     }.items():
         if value is not None and value < 1:
             raise ConfigError(setting, value, "must be 1 or more", f"Set {setting} to 1 or more, or leave it unset")
+    check_seed(cfg.seed)
     sources = find_sources(cfg)
     output = Path(cfg.output)
-    if not output.name:
+    if not output.name or cfg.output.endswith("/"):
         raise ConfigError("output", cfg.output, "names no file", "Set a prefix, e.g. runs/data/mine")
     if output.suffix in (".bin", ".idx"):
         problem = "is a prefix, to which .bin and .idx are added"

@@ -104,7 +104,7 @@ def make_corpus(cfg: CorpusConfig) -> Corpus:
 
 
 def _check(cfg: CorpusConfig) -> None:
-    if not Path(cfg.tree).is_dir():
+    if not cfg.tree or not Path(cfg.tree).is_dir():
         raise ConfigError("tree", cfg.tree, "is no folder", "Set tree to the folder to read")
     if cfg.depth < 1:
         raise ConfigError("depth", cfg.depth, "must be 1 or more", "Set depth=2 for folders such as fs/ext4")

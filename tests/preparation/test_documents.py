@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from s2train.data.bundled import bundled_corpus_files
 from s2train.errors import ConfigError
 from s2train.preparation.cutting import split_documents
-from s2train.preparation.documents import read_documents
+from s2train.preparation.documents import documents_of, read_documents
 from s2train.preparation.sources import Source
 
 
@@ -77,3 +77,10 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, content:
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=rf"{name}.*{problem}"):
         documents(path)
+
+
+def test_a_program_without_formats_is_advised_to_set_none(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("not json\n")
+    with pytest.raises(ConfigError, match=r"^text=a: line 1 is not .*Repair that line$"):
+        documents_of("text", "a", path, "text")

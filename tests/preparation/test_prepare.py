@@ -196,7 +196,9 @@ def test_a_failed_run_leaves_the_old_output_and_nothing_incomplete(tmp_path: Pat
         ({"document_chars": 0}, "document_chars=0"),
         ({"workers": 0}, "workers=0"),
         ({"input": "none*.txt"}, r"input=none\*\.txt: no file"),
+        ({"seed": -1}, "seed=-1: is out of range"),
         ({"output": ""}, "output="),
+        ({"output": "out/"}, "output=out/: names no file"),
     ],
 )
 def test_a_setting_that_cannot_work_is_named(

@@ -143,6 +143,7 @@ def test_several_processes_make_the_same_bytes(tree: Path, monkeypatch: pytest.M
         ({"workers": -1}, "workers"),
         ({"suffixes": [".java"]}, "tree"),
         ({"tree": "nowhere"}, "tree"),
+        ({"tree": ""}, "tree"),
         ({"overwrite": False}, "output"),
     ],
 )

@@ -91,6 +91,8 @@ class WeightsFolder:
             found: dict[str, Any] = json.loads((self.path / name).read_text())
         except (OSError, ValueError) as error:
             raise self._error(f"its {name} can't be read ({error})", "Name a folder that has it") from error
+        if not isinstance(found, dict):
+            raise self._error(f"its {name} is no JSON object", "Download it again")
         return found
 
     def _header(self, name: str) -> dict[str, Any]:

@@ -48,6 +48,13 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "sliding_window": (None,),
     "quantization_config": (None,),
 }
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("num_hidden_layers", "hidden_size", "intermediate_size"), (int,)),
+    **dict.fromkeys(("num_attention_heads", "vocab_size"), (int,)),
+    **dict.fromkeys(("num_key_value_heads", "head_dim"), (int, type(None))),
+    **dict.fromkeys(("rms_norm_eps", "initializer_range", "rope_theta"), (int, float)),
+    "partial_rotary_factor": (int, float, type(None)),
+}
 
 
 def import_llama(cfg: ImportConfig) -> tuple[Path, ModelFiles]:
@@ -171,6 +178,10 @@ def llama_model(folder: WeightsFolder) -> ModelConfig:
     for name, values in _PLAIN.items():
         if name in config and config[name] not in values:
             raise ConfigError("weights", folder.path, f"config.json has {name}={as_typed(config[name])}", remedy)
+    for name, types in _TYPES.items():
+        if name in config and type(config[name]) not in types:
+            problem = f"config.json has {name}={as_typed(config[name])}, not a number of its type"
+            raise ConfigError("weights", folder.path, problem, "Fix config.json")
     percent = config.get("partial_rotary_factor", rope.get("partial_rotary_factor")) or 1.0
     if percent != 1 and names[0] != _HYBRID:
         raise ConfigError("weights", folder.path, f"config.json has partial_rotary_factor={percent}", remedy)

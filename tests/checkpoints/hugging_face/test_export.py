@@ -226,6 +226,7 @@ def test_a_hybrid_run_starts_from_an_imported_llama(tmp_path: Path, processes: i
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 8.0}}, ["rope_scaling", "dynamic"]),
         ({"rope_parameters": {"rope_type": "yarn"}}, ["rope_parameters", "yarn"]),
         ({"sliding_window": 4096}, ["sliding_window=4096"]),
+        ({"num_hidden_layers": "4"}, ["num_hidden_layers=4, not a number of its type", "Fix config.json"]),
         ({"num_hidden_layers": 3}, ["weights that a plain Llama doesn't have", "model.layers.3"]),
         ({"num_hidden_layers": 5}, ["it lacks model.layers.4"]),
         ({"hidden_size": 72}, ["config.json says"]),

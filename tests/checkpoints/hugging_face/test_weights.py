@@ -49,6 +49,9 @@ def test_a_damaged_folder_is_rejected(tmp_path: Path) -> None:
     _, weights = random_llama()
     with pytest.raises(ConfigError, match=r"weights=.*config\.json can't be read"):
         WeightsFolder(tmp_path, "weights")
+    (tmp_path / "config.json").write_text(json.dumps([]))
+    with pytest.raises(ConfigError, match=r"weights=.*config\.json is no JSON object"):
+        WeightsFolder(tmp_path, "weights")
     (tmp_path / "config.json").write_text(json.dumps({}))
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(ConfigError, match=r"but pytorch_model\.bin.*safe_serialization=True"):
