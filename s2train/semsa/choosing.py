@@ -95,8 +95,10 @@ def choose(cfg: ChooseLayoutConfig, profile: Profile) -> Choice:
     if cfg.tp < 1 or model.num_query_groups % cfg.tp:
         problem = f"doesn't divide the {model.num_query_groups} KV heads"
         raise ConfigError("tp", cfg.tp, problem, "Set a divisor of them.")
-    if cfg.imbalance < 0:
-        raise ConfigError("imbalance", cfg.imbalance, "below 0", "Set imbalance=0.1.")
+    if not cfg.imbalance >= 0:
+        raise ConfigError("imbalance", cfg.imbalance, "not 0 or more", "Set imbalance=0.1.")
+    if not cfg.time_limit > 0:
+        raise ConfigError("time_limit", cfg.time_limit, "not more than 0", "Set time_limit=60.")
     allowed = _allowed(cfg, profile, candidates)
     density = [candidates.density(profile.block_size, length) for length in lengths]
     for length, budget, of_rule in zip(lengths, budgets, density, strict=True):
@@ -176,8 +178,9 @@ def _allowed(cfg: ChooseLayoutConfig, profile: Profile, candidates: Candidates) 
     if cfg.kv_efficient:
         allowed = [number for number in allowed if number in candidates.kv_efficient()]
     if not allowed:
-        problem = "leaves no rule" if cfg.rules else "no rule of the profile is KV-efficient"
-        raise ConfigError("rules" if cfg.rules else "kv_efficient", cfg.rules or True, problem, "Allow others.")
+        setting, value = ("rules", cfg.rules) if cfg.rules is not None else ("kv_efficient", True)
+        problem = "leaves no rule" if setting == "rules" else "no rule of the profile is KV-efficient"
+        raise ConfigError(setting, value, problem, "Allow others.")
     return allowed
 
 
