@@ -256,7 +256,8 @@ def _check_ramp_up(cfg: PretrainConfig, dp: int) -> None:
 
 def _divides(setting: str, value: int, whole_name: str, whole: int, also: str = "") -> None:
     if whole % value:
-        divisors = [n for n in range(1, whole + 1) if whole % n == 0]
+        small = [n for n in range(1, math.isqrt(whole) + 1) if whole % n == 0]  # quick for a mistyped number too
+        divisors = sorted({*small, *(whole // n for n in small)})
         near = sorted(sorted(divisors, key=lambda n: abs(n - value))[:4])
         alternative = f", {also}" if also else f", or change {whole_name}"
         raise ConfigError(
