@@ -183,7 +183,7 @@ def load_shards(state: dict[str, Any], checkpoint: Path, setting: str = "checkpo
     """
     check_megatron_version(checkpoint, setting)
     try:
-        return load_without_foreign_extra_state(state, str(checkpoint))
+        return load_without_foreign_extra_state(state, checkpoint)
     except (Exception, CheckpointException) as error:  # a missing or truncated file raises many types
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         problem = f"its shards can't be loaded ({reason})"

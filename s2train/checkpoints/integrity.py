@@ -11,6 +11,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from torch.distributed.checkpoint import FileSystemReader
 
+from s2train.checkpoints.shard_index import saved_entries
 from s2train.errors import first_line
 from s2train.kernels.versions import installed_version
 
@@ -65,10 +66,10 @@ def is_of_later_megatron(checkpoint: Path) -> bool:
     if installed is None or tuple(map(int, installed.split(".")[:2])) >= (0, 19) or (checkpoint / COMMON).exists():
         return False
     try:
-        index = FileSystemReader(checkpoint).read_metadata()
+        names = saved_entries(checkpoint)
     except Exception:  # damaged: unpickling can raise any exception
         return False
-    return any(str(name).startswith(_COMMON_IN_SHARDS) for name in index.state_dict_metadata)
+    return any(name.startswith(_COMMON_IN_SHARDS) for name in names)
 
 
 def _damage_of(file: Path, check: Callable[[Path], None]) -> str | None:

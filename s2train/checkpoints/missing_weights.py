@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 
+from s2train.checkpoints.shard_index import saved_entries
 from s2train.megatron.core_attention import CausalCoreAttention
 from s2train.megatron.model import unwrap
 
@@ -26,8 +26,7 @@ def leave_out_missing(wanted: dict[str, Any], chunks: Sequence[Any], checkpoint:
     }
     if not any(core.own_weights for of_chunk in cores.values() for _, core in of_chunk):
         return found
-    known = set(load_sharded_metadata(str(checkpoint)))
-    keys = {key.split("/shard_")[0] for key in known}
+    keys = {name.split("/shard_")[0] for name in saved_entries(checkpoint)}
     for name, of_chunk in cores.items():
         for path, core in of_chunk:
             for weight in core.own_weights:

@@ -5,20 +5,21 @@ things differ: extra state, which only transformer-engine's norms have, and the 
 of these, `fused`, chooses among torch's kernels and depends on the device.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.optimizer import MegatronOptimizer
 
+from s2train.checkpoints.shard_index import saved_entries
 from s2train.megatron.optimizer_state import optimizer_parts
 
 _SUFFIX = "_extra_state"
 
 
-def load_without_foreign_extra_state(state: dict[str, Any], checkpoint: str) -> dict[str, Any]:
+def load_without_foreign_extra_state(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     """Load a sharded state dict through Megatron.
 
     Extra state missing from the checkpoint becomes None. The FP8 recipes that s2train supports store nothing in it.
@@ -32,8 +33,7 @@ def load_without_foreign_extra_state(state: dict[str, Any], checkpoint: str) -> 
     ]
     foreign: list[tuple[str, str]] = []
     if wanted:
-        saved = load_sharded_metadata(checkpoint)
-        known = {value.unique_key for value in saved.values() if isinstance(value, ShardedObject)}
+        known = saved_entries(checkpoint)
         foreign = [(section, name) for section, name, key in wanted if key not in known]
     dropped = set(foreign)
     kept = {
@@ -46,7 +46,7 @@ def load_without_foreign_extra_state(state: dict[str, Any], checkpoint: str) -> 
     }
     # A rank requests only its own part of the optimizer's state (`megatron.local_optimizer_state`), so Megatron's
     # check that all parts are requested would fail.
-    loaded = dist_checkpointing.load(kept, checkpoint, validate_access_integrity=False)
+    loaded = dist_checkpointing.load(kept, str(checkpoint), validate_access_integrity=False)
     for section, name in foreign:
         loaded[section][name] = None
     return loaded
