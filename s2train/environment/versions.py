@@ -7,16 +7,19 @@ import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 import s2train
 from s2train.kernels.versions import installed_version
 
-_PACKAGES = ("torch", "megatron-core", "triton", "transformer-engine", "flash-attn-4", "liger-kernel")
+_PACKAGES = ("megatron-core", "triton", "transformer-engine", "flash-attn-4", "liger-kernel")
 _HERE = Path(__file__).parents[1]
 
 
 def versions() -> dict[str, str]:
     """Return versions by name, including this code's; packages not installed are omitted."""
-    found = {"python": platform.python_version()}
+    # The packages of torch's CUDA builds at PyPI don't name CUDA's version; torch itself does.
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for package in _PACKAGES:
         if (release := installed_version(package)) is not None:
             found[package] = release
