@@ -18,6 +18,7 @@ from torch import Tensor
 from .column_parts import column_parts
 from .configs import config_for, padded, shared_limit
 from .forward import key_position, key_tiles, num_query_tiles, pattern_stride, query_tile
+from .fp_fusion import with_fp_fusion
 from .part_sums import launch_of_sums, new_parts, s2_attention_bwd_kernel_add_parts
 from .spec import AttentionSpec, empty, empty_bhsd
 from .tiles import (
@@ -36,6 +37,7 @@ from .topk_layout import Layout
 _PREPROCESS_ROWS = 64
 
 
+@with_fp_fusion
 @triton.jit(do_not_specialize=["num_tiles", "num_heads", "s_q"])
 def s2_attention_bwd_kernel_preprocess(
     out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr,
@@ -86,6 +88,7 @@ def _add_dq(
     return tl.dot(dscores, k, dq, input_precision="ieee")
 
 
+@with_fp_fusion
 @triton.jit(
     do_not_specialize=[
         "num_tiles",
@@ -175,6 +178,7 @@ def _add_dkdv(
     return dk, dv
 
 
+@with_fp_fusion
 @triton.jit(
     do_not_specialize=[
         "num_tiles",

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import config_for, padded, shared_limit
+from .fp_fusion import with_fp_fusion
 from .spec import AttentionSpec, empty, empty_bhsd
 from .tiles import LOG2_E, check_launch, count_below, document_tiles, load_tile, store_tile, strides, tile_of_document
 from .topk_layout import Layout
@@ -111,6 +112,7 @@ def _attend(
     return acc, total, new_peak
 
 
+@with_fp_fusion
 @triton.jit(
     do_not_specialize=[
         "num_tiles",

@@ -10,11 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .fp_fusion import with_fp_fusion
 from .launch import Launcher
 
 _ELEMENTS = 2048  # of a program: 16 bytes of a part for each of 256 threads in bfloat16
 
 
+@with_fp_fusion
 @triton.jit
 def _leading_sum_kernel(parts, out, size, COUNT: tl.constexpr, BLOCK: tl.constexpr, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

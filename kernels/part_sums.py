@@ -14,6 +14,7 @@ from torch import Tensor
 from . import spec as specs
 from .column_parts import SUM_COLUMNS
 from .configs import padded
+from .fp_fusion import with_fp_fusion
 from .tiles import store_tile, strides
 
 _SUM_COLUMNS = tl.constexpr(SUM_COLUMNS)
@@ -28,6 +29,7 @@ def new_parts(slots: int, sequences: int, tiles: int, rows: int, dim: int, v_dim
     return specs.empty((slots, sequences, tiles, rows * (dim + v_dim)), torch.float32, device)
 
 
+@with_fp_fusion
 @triton.jit(do_not_specialize=["sequences", "s_k"])
 def s2_attention_bwd_kernel_add_parts(
     parts, sums, dk_ptr, dv_ptr, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row, scale, sequences, s_k,

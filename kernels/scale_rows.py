@@ -6,9 +6,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .fp_fusion import with_fp_fusion
+
 _BLOCK = 4096
 
 
+@with_fp_fusion
 @triton.jit
 def _scale_rows_kernel(x, factors, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)

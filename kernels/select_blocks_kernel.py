@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import spec
+from .fp_fusion import with_fp_fusion
 from .interpreter import repair_interpreter
 from .select_blocks import MASKED
 from .tiles import check_launch
@@ -34,6 +35,7 @@ def _log_add(a, b):
     return tl.maximum(a, b) + tl.log(1.0 + tl.exp(apart))
 
 
+@with_fp_fusion
 @triton.jit(
     do_not_specialize=[
         "scores_batch",

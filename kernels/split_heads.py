@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .fp_fusion import with_fp_fusion
 from .launch import Launcher
 
 _ELEMENTS = 512  # of a half head that a program loads at once: 8 bytes of each of 128 threads in bfloat16
@@ -34,6 +35,7 @@ def _copy(source, target, exists, START: tl.constexpr, STOP: tl.constexpr, COLUM
     tl.store(target + columns, tl.load(source + columns, mask=inside), mask=inside)
 
 
+@with_fp_fusion
 @triton.jit
 def _split_heads_kernel(  # type: ignore[no-untyped-def]
     packed, q, k, v, cosines, sines, tokens, batch,

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..configs import Config, config_for, padded, shared_limit
+from ..fp_fusion import with_fp_fusion
 from ..tiles import LOG2_E, check_launch, last_contiguous, load_lse, load_tile, strides
 from .blocks import query_blocks
 from .device import visible_tiles
@@ -96,6 +97,7 @@ def _visit_block(p, h, p_most, h_most, most, p_rest, h_rest, block, at, stride):
     return p_most, h_most, most, p_rest, h_rest
 
 
+@with_fp_fusion
 @triton.jit(
     do_not_specialize=["num_heads", "group", "batch", "s_q", "s_k", "query_offset", "first_block", "n_q", "n_k"]
 )
@@ -166,6 +168,7 @@ def s2_block_effects_kernel(
         tl.debug_barrier()
 
 
+@with_fp_fusion
 @triton.jit(
     do_not_specialize=[
         "num_heads",

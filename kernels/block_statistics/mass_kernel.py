@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..configs import config_for, padded, shared_limit
+from ..fp_fusion import with_fp_fusion
 from ..spec import empty
 from ..tiles import LOG2_E, check_launch, last_contiguous, load_lse, load_tile, strides
 from ..topk_layout import TopKLayout
@@ -42,6 +43,7 @@ def _tile_mass(
     return tl.sum(tl.sum(weights, 1), 0)
 
 
+@with_fp_fusion
 @triton.jit(
     do_not_specialize=[
         "num_heads",

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..configs import padded, shared_limit
+from ..fp_fusion import with_fp_fusion
 from ..interpreter import repair_interpreter
 from ..layout import BlockLayout
 from ..spec import empty
@@ -53,6 +54,7 @@ def _slots(
     return seen & (page >= 0), page.to(tl.int64) * PAGE + offset, bits
 
 
+@with_fp_fusion
 @triton.jit(do_not_specialize=["group", "num_heads", "n_q", "n_k", "num_splits"])
 def s2_decode_kernel(
     q_ptr, keys_ptr, values_ptr, table_ptr, positions_ptr, list_of_tile, offsets, columns, bits_ptr,
@@ -126,6 +128,7 @@ def s2_decode_kernel(
     tl.store(out_at, acc / safe_total[:, None], mask=is_head[:, None] & (v_dims < V_DIM)[None, :])
 
 
+@with_fp_fusion
 @triton.jit(do_not_specialize=["num_splits"])
 def s2_decode_merge_kernel(
     part_ptr, part_lse_ptr, out_ptr, lse_ptr, num_splits,
@@ -147,6 +150,7 @@ def s2_decode_merge_kernel(
     tl.store(lse_ptr + row, tl.where(total == 0.0, float("-inf"), (shift + tl.log2(safe_total)) * _LN_2))
 
 
+@with_fp_fusion
 @triton.jit
 def s2_append_kernel(
     k_ptr, v_ptr, keys_ptr, values_ptr, table_ptr, positions_ptr,

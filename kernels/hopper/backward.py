@@ -29,6 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..fp_fusion import with_fp_fusion
 from ..launch import launch
 from ..part_sums import launch_of_sums, new_parts, s2_attention_bwd_kernel_add_parts
 from ..spec import AttentionSpec, empty, empty_bhsd
@@ -265,6 +266,7 @@ def _store_part(x, base, stride, row, end, D: gl.constexpr):
     gl.store(at, x.to(base.dtype.element_ty), mask=gl.expand_dims(rows < end, 1) & gl.expand_dims(dims < D, 0))
 
 
+@with_fp_fusion
 @gluon.jit(
     do_not_specialize=[
         "head_stride", "row_stride",

@@ -9,6 +9,7 @@ For each query row, `prepare` computes delta and the log-sum-exp in base 2, and 
 import triton
 import triton.language as tl
 
+from ..fp_fusion import with_fp_fusion
 from ..tiles import tile_of_document
 
 
@@ -31,6 +32,7 @@ def _rows_of_tile(tiles, num_heads, s_q, first_tile, num_tiles, offset, PACKED: 
     return batch_head, batch_head // num_heads, batch_head % num_heads, row.to(tl.int64), in_range
 
 
+@with_fp_fusion
 @triton.jit(do_not_specialize=["num_heads", "s_q", "first_tile", "num_tiles", "offset"])
 def s2_attention_bwd_kernel_hopper_prepare(
     out_ptr, dout_ptr, lse_ptr, dlse_ptr, lse2_ptr, delta_ptr, tiles,
@@ -58,6 +60,7 @@ def s2_attention_bwd_kernel_hopper_prepare(
     tl.store(delta_ptr + to, tl.where(empty, 0.0, delta))
 
 
+@with_fp_fusion
 @triton.jit(do_not_specialize=["num_heads", "s_q", "first_tile", "num_tiles", "offset"])
 def s2_attention_bwd_kernel_hopper_finish(
     acc_ptr, dq_ptr, tiles, dq_batch, dq_head, dq_row, scale, num_heads, s_q, first_tile, num_tiles, offset,

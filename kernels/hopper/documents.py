@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..fp_fusion import with_fp_fusion
 from ..launch import launch
 
 COLUMNS = 4  # of the table: 16 bytes a row
@@ -20,6 +21,7 @@ _TILES = 64
 _DOCUMENTS = 64
 
 
+@with_fp_fusion
 @triton.jit(do_not_specialize=["num_documents"], do_not_specialize_on_alignment=["cu_seqlens"])
 def s2_attention_kernel_document_tiles(
     cu_seqlens, table, num_documents,

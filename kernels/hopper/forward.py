@@ -28,6 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..configs import multiprocessors
+from ..fp_fusion import with_fp_fusion
 from ..launch import launch
 from ..spec import AttentionSpec, empty, empty_bhsd
 from ..tiles import LOG2_E
@@ -406,6 +407,7 @@ def _consume(
         mbarrier.arrive(q_empty.index(slot), count=1)
 
 
+@with_fp_fusion
 @gluon.jit(
     do_not_specialize=[
         "num_items", "num_tiles", "first_tile", "num_heads", "group", "tiles_per_pattern", "query_offset", "s_q", "s_k",

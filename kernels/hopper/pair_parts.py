@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..column_parts import LEAST_ROWS, SUM_COLUMNS, cut_columns, most_slots, trimmed
 from ..configs import multiprocessors
+from ..fp_fusion import with_fp_fusion
 from ..launch import launch
 from ..topk_layout import TopKLayout
 
@@ -73,6 +74,7 @@ def _counts(meta, rows, num, limit):
     return steps, tl.where(steps > limit, 2 * steps // limit, 0)
 
 
+@with_fp_fusion
 @triton.jit(do_not_specialize=["num", "extra", "at_once", "least", "num_kv_heads", "last_sequence", "beyond"])
 def s2_attention_kernel_topk_cut(
     meta, steps, taken, parts, slots, sums, num, extra, at_once, least, num_kv_heads, last_sequence, beyond,

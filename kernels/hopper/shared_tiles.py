@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..fp_fusion import with_fp_fusion
 from ..tiles import store_tile, strides
 
 _LEAST_STEPS = 16  # a tile with fewer that its neighbour lacks keeps them in its first pair
@@ -126,6 +127,7 @@ def shared_tiles(meta: Tensor) -> SharedTiles | None:
     return SharedTiles(slots.int(), torch.stack([x[first] for x in columns], 1).int(), num_slots)
 
 
+@with_fp_fusion
 @triton.jit(do_not_specialize=["sequences", "s_k"])
 def s2_attention_bwd_kernel_hopper_add_tiles(
     parts, sums, dk_ptr, dv_ptr, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row, scale, sequences, s_k,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..column_parts import SUM_COLUMNS
 from ..configs import multiprocessors
+from ..fp_fusion import with_fp_fusion
 from ..launch import launch
 from ..topk_layout import TopKLayout
 from .backward_schedule import ACTIVE_BITS, QUERY_BITS, TILE, BackwardSchedule
@@ -35,6 +36,7 @@ _QUERY_BITS = tl.constexpr(QUERY_BITS)
 _TILE = tl.constexpr(TILE)
 
 
+@with_fp_fusion
 @triton.jit(do_not_specialize=["num_slots", "slots", "num_query_blocks", "num_key_blocks", "words"])
 def s2_attention_kernel_topk_bits(
     indices, bits, num_slots, slots, num_query_blocks, num_key_blocks, words, AT_ONCE: tl.constexpr
@@ -77,6 +79,7 @@ def _steps(
     return active, (active != 0) & masked, (active != 0) & (masked == 0)
 
 
+@with_fp_fusion
 @triton.jit(
     do_not_specialize=[
         "num_key_blocks", "words", "num_kv_heads", "num_pairs", "lists", "copies", "first_tile", "end_tile", "s_k",
@@ -180,6 +183,7 @@ def _order_key(meta, pair, num, num_pairs, kv_heads, mean, shift, CUT: tl.conste
     return head.to(tl.float32) + late, steps
 
 
+@with_fp_fusion
 @triton.jit(do_not_specialize=["num", "num_pairs", "num_heads", "kv_heads", "at_once"])
 def s2_attention_kernel_topk_order(
     meta, ordered, slots, ordered_slots, num, num_pairs, num_heads, kv_heads, at_once, LAG: tl.constexpr,

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..fp_fusion import with_fp_fusion
 from ..launch import launch
 from ..topk_layout import TopKLayout
 from .forward_schedule import TILE, ForwardSchedule
@@ -54,6 +55,7 @@ def _needs_mask(chunk, flags, tile, tail, ROWS: tl.constexpr, CAUSAL: tl.constex
     return masked
 
 
+@with_fp_fusion
 @triton.jit(
     do_not_specialize=[
         "slots",

@@ -13,6 +13,7 @@ dS = P * (dP - delta), P = w * exp(scale * q k^T - lse), to its own queries' dq 
 import triton
 import triton.language as tl
 
+from ..fp_fusion import with_fp_fusion
 from ..tiles import load_lse, load_tile, store_tile
 from .device import bias_of, gather_tile, interval_of, level_of, outside_window
 from .forward import bucket_tile
@@ -41,6 +42,7 @@ def _add_dkdv(dk, dv, q, k, v, dout, lse, delta, keep, bias, scale_log2):
     return tl.dot(dscores, q, dk, input_precision="ieee"), dv
 
 
+@with_fp_fusion
 @triton.jit(do_not_specialize=["num_tiles", "num_levels", "rows", "length", "samples", "sinks", "window_blocks"])
 def s2_hyper_sample_dq_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, local_ptr, dq_ptr,
@@ -98,6 +100,7 @@ def s2_hyper_sample_dq_kernel(
     store_tile(dq_ptr + batch_head * length * DIM, first, DIM, in_range, dq, ROWS, DIM, PADDED_DIM)
 
 
+@with_fp_fusion
 @triton.jit(
     do_not_specialize=[
         "chunks",
@@ -170,6 +173,7 @@ def s2_hyper_sample_dkdv_kernel(
     store_tile(dv_ptr + sums * V_DIM, tile * ROWS, V_DIM, exists, dv, ROWS, V_DIM, PADDED_V_DIM)
 
 
+@with_fp_fusion
 @triton.jit(do_not_specialize=["first_tile", "bucket_base", "buckets", "count", "length", "sinks", "window_blocks"])
 def s2_hyper_bucket_dq_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, tiles, queries, keys_ptr,
@@ -217,6 +221,7 @@ def s2_hyper_bucket_dq_kernel(
     tl.store(pointers, tl.load(pointers, mask=mask, other=0.0) + dq * scale, mask=mask)
 
 
+@with_fp_fusion
 @triton.jit(do_not_specialize=["bucket_base", "buckets", "count", "length", "sinks", "window_blocks"])
 def s2_hyper_bucket_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, bucket_starts, queries, keys_ptr,

@@ -12,6 +12,7 @@ in place: a query occurs once in a level, so nothing is atomic.
 import triton
 import triton.language as tl
 
+from ..fp_fusion import with_fp_fusion
 from ..tiles import LOG2_E, load_tile, store_tile
 from .device import bias_of, gather_tile, interval_of, level_of, outside_window
 
@@ -19,6 +20,7 @@ _LOG2_E = tl.constexpr(LOG2_E)
 _LN_2 = tl.constexpr(0.6931471805599453)
 
 
+@with_fp_fusion
 @triton.jit(do_not_specialize=["num_tiles", "heads", "length"])
 def s2_hyper_hash_kernel(
     x_ptr, directions_ptr, ranks_ptr, x_batch, x_head, x_row, num_tiles, heads, group, length,
@@ -69,6 +71,7 @@ def _attend(
     return acc, total, new_peak
 
 
+@with_fp_fusion
 @triton.jit(do_not_specialize=["num_tiles", "num_levels", "rows", "length", "samples", "sinks", "window_blocks"])
 def s2_hyper_sample_fwd_kernel(
     q_ptr, k_ptr, v_ptr, local_ptr, local_lse_ptr, out_ptr, lse_ptr,
@@ -150,6 +153,7 @@ def bucket_tile(tiles, queries, tile, bucket_base, buckets, count, kv_heads, len
     return row // kv_heads, row % kv_heads, row, row_interval, local % buckets, query // length, query % length, exists
 
 
+@with_fp_fusion
 @triton.jit(do_not_specialize=["first_tile", "bucket_base", "buckets", "count", "length", "sinks", "window_blocks"])
 def s2_hyper_bucket_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, tiles, queries, keys_ptr,

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..fp_fusion import with_fp_fusion
 from .device import interval_of, level_of
 from .plan import Ranges, tag_dtype
 from .settings import HyperSettings
@@ -20,6 +21,7 @@ from .settings import HyperSettings
 _ENTRIES = 1024
 
 
+@with_fp_fusion
 @triton.jit(do_not_specialize=["num_tiles", "num_levels", "rows", "length"])
 def s2_hyper_tag_kernel(
     ranks, tagged, num_tiles, num_levels, rows, length,
@@ -61,6 +63,7 @@ def _count_below(firsts, base, buckets, tag, STEPS: tl.constexpr, EQUAL: tl.cons
     return low
 
 
+@with_fp_fusion
 @triton.jit(do_not_specialize=["num_tiles", "num_levels", "rows", "length"])
 def s2_hyper_search_kernel(
     ranks, firsts, own_buckets, of_all, num_tiles, num_levels, rows, group, length,
@@ -96,6 +99,7 @@ def s2_hyper_search_kernel(
         bucket_base += rows.to(tl.int64) * count * buckets
 
 
+@with_fp_fusion
 @triton.jit(do_not_specialize=["entries", "num_levels", "rows", "length"])
 def s2_hyper_locate_kernel(
     where_ptr, found_ptr, entries, num_levels, rows, members, length,

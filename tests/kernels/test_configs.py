@@ -5,6 +5,7 @@ The compiler's own figures come from a separate process: Triton compiles only wh
 
 import itertools
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -74,24 +75,30 @@ COMPILED = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", COMPILED, ids=str)
-def test_compiled_kernels_take_no_more_shared_memory_than_the_device_has(case: tuple[Any, ...]) -> None:
-    shared = reported(__name__, case)
-    assert len(shared) == 4
-    assert all(size <= LIMITS[case[0]] for size in shared.values()), shared
+def test_compiled_kernels_fit_in_shared_memory_and_fuse_products_with_sums(case: tuple[Any, ...]) -> None:
+    found = reported(__name__, case)
+    assert len(found) == 4
+    assert all(shared <= LIMITS[case[0]] for shared, _ in found.values()), found
+    assert all(fuses for _, fuses in found.values())
 
 
-def compiled_sizes(capability: int, dtype: str, block: int, dim: int, v_dim: int) -> dict[str, int]:
-    """Shared memory of every portable kernel, compiled for a GPU that is not there and launched nowhere."""
+def compiled_kernels(capability: int, dtype: str, block: int, dim: int, v_dim: int) -> dict[str, tuple[int, bool]]:
+    """Shared memory of every portable kernel, and whether it fuses multiplications with additions.
+
+    They are compiled for a GPU that is not there, where Triton's default is not to fuse, and launched nowhere.
+    """
     import triton
     from s2train.kernels import backward, forward
     from s2train.kernels.spec import AttentionSpec
     from triton.runtime.jit import JITFunction
 
-    sizes: dict[str, int] = {}
+    os.environ["TRITON_DEFAULT_FP_FUSION"] = "0"
+    found: dict[str, tuple[int, bool]] = {}
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        sizes[self.__name__] = run(self, *args, grid=grid, warmup=True, **kwargs).metadata.shared
+        metadata = run(self, *args, grid=grid, warmup=True, **kwargs).metadata
+        found[self.__name__] = metadata.shared, metadata.enable_fp_fusion
 
     # 7.5 has less memory, but no product that Triton still compiles for
     triton.runtime.driver.set_active(Driver(max(capability, 80)))
@@ -104,8 +111,8 @@ def compiled_sizes(capability: int, dtype: str, block: int, dim: int, v_dim: int
     spec = AttentionSpec(0.1, True, 0, None, "bhsd")
     out, lse = forward.forward(q, k, v, layout, spec)
     backward.backward(q, k, v, out, lse, out, lse, layout, spec)
-    return sizes
+    return found
 
 
 if __name__ == "__main__":
-    print(json.dumps(compiled_sizes(*json.loads(sys.argv[1]))))
+    print(json.dumps(compiled_kernels(*json.loads(sys.argv[1]))))
