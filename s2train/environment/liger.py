@@ -4,12 +4,10 @@ Settings name them; `auto` selects the verified ones. One is a kernel of ours in
 """
 
 import importlib
-import sys
 from functools import cache
 
 from s2train.config import PretrainConfig
 from s2train.environment.imports import left_out
-from s2train.kernels.fp_fusion import with_fp_fusion
 from s2train.kernels.verified import verified
 from s2train.kernels.versions import installed_version
 
@@ -39,21 +37,10 @@ def liger_problem() -> str | None:
         with left_out("peft", "transformers"):
             importlib.import_module("torch.distributed.tensor")  # it assumes that torch has imported it
             importlib.import_module("liger_kernel.ops")
-        _fuse_kernels()
     except Exception as error:  # wrong Triton version, missing module
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return f"{PACKAGE} {release} can't be imported ({lines[0]})"
     return None
-
-
-def _fuse_kernels() -> None:
-    """Let Liger-Kernel's kernels be compiled as they were verified, whatever Triton's default."""
-    from triton.runtime import KernelInterface  # a slow import
-
-    for name in [name for name in sys.modules if name.startswith("liger_kernel.ops.")]:
-        for found in vars(sys.modules[name]).values():
-            if isinstance(found, KernelInterface):
-                with_fp_fusion(found)
 
 
 def liger_operations(cfg: PretrainConfig, capability: tuple[int, int] | None, te: bool) -> frozenset[str]:
