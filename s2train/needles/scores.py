@@ -26,6 +26,9 @@ class Score:
     correct: int
     trials: int
 
+    def __add__(self, other: "Score") -> "Score":
+        return Score(self.correct + other.correct, self.trials + other.trials)
+
     @property
     def share(self) -> float:
         return self.correct / self.trials

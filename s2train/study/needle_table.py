@@ -1,6 +1,5 @@
 """Tabulates how many needles runs find after training on needle documents."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 
 from s2train.needles.scores import Score
@@ -34,14 +33,11 @@ def needle_section(name: str, own: Sequence[Group]) -> str:
 
 def needle_scores(group: Group) -> dict[tuple[str, int], Score]:
     """Scores by task and length, over all depths and seeds."""
-    counts: dict[tuple[str, int], list[int]] = defaultdict(lambda: [0, 0])
+    scores = dict[tuple[str, int], Score]()
     for result in group.results:
-        for task, found in (result.needles or {}).items():
-            for cell in found["cells"]:
-                own = counts[task, cell["length"]]
-                own[0] += cell["correct"]
-                own[1] += cell["trials"]
-    return {key: Score(correct, trials) for key, (correct, trials) in counts.items()}
+        for key, score in (result.needles or {}).items():
+            scores[key] = scores.get(key, Score(0, 0)) + score
+    return scores
 
 
 def _cell(score: Score) -> str:

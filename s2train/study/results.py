@@ -1,8 +1,9 @@
 """Collects a run's measurements in one small file, and reads these files."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from s2train.comparison.runs import Summary, summarize
 from s2train.environment.provenance import environment
 from s2train.errors import ConfigError
 from s2train.files import write_json
+from s2train.needles.scores import Score
 from s2train.study.files import Folders
 from s2train.study.recall import Recall, recall_curve
 from s2train.study.settings import Recipe
@@ -31,7 +33,7 @@ class Result:
         device: GPU model; None in files that don't name it.
         recall: of selected blocks; empty without them.
         probes: content of RUN-probes.json; None: not probed.
-        needles: tasks of RUN-needles.json, with their cells; None: not asked for.
+        needles: scores of RUN-needles.json by task and length, over all depths; None: not asked for.
     """
 
     run: Run
@@ -46,7 +48,7 @@ class Result:
     device: str | None = None
     recall: tuple[Recall, ...] = ()
     probes: dict[str, Any] | None = None
-    needles: dict[str, Any] | None = None
+    needles: dict[tuple[str, int], Score] | None = None
 
     @property
     def loss(self) -> float:
@@ -126,12 +128,10 @@ def read_results(folders: Folders) -> list[Result]:
 
 
 def _read(folders: Folders, path: Path) -> Result:
-    try:
+    with _naming(path):
         content = json.loads(path.read_text())
-        run = Run(**content["run"])
-        probes, needles = folders.probes(run), folders.needles(run)
-        return Result(
-            run=run,
+        result = Result(
+            run=Run(**content["run"]),
             gpus=content["gpus"],
             density=content["density"],
             recipe=Recipe(**content["recipe"]),
@@ -143,8 +143,28 @@ def _read(folders: Folders, path: Path) -> Result:
             shared_gpu=content.get("shared_gpu", False),
             device=content.get("environment", {}).get("device"),
             recall=tuple(Recall(**one) for one in content.get("recall", ())),
-            probes=json.loads(probes.read_text()) if probes.is_file() else None,
-            needles=json.loads(needles.read_text())["tasks"] if needles.is_file() else None,
         )
-    except (ValueError, KeyError, TypeError) as error:
+    probes, needles = folders.probes(result.run), folders.needles(result.run)
+    with _naming(probes):
+        probed = json.loads(probes.read_text()) if probes.is_file() else None
+    with _naming(needles):
+        found = _needle_scores(json.loads(needles.read_text())) if needles.is_file() else None
+    return replace(result, probes=probed, needles=found)
+
+
+def _needle_scores(content: dict[str, Any]) -> dict[tuple[str, int], Score]:
+    scores = dict[tuple[str, int], Score]()
+    for task, found in content["tasks"].items():
+        for cell in found["cells"]:
+            key = task, cell["length"]
+            scores[key] = scores.get(key, Score(0, 0)) + Score(cell["correct"], cell["trials"])
+    return scores
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name the file that can't be read."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError("root", path, f"is no result of this study ({error})", "Move the file away") from error

@@ -304,3 +304,11 @@ def test_another_file_among_the_results_is_rejected(folders: Folders) -> None:
     (folders.results / "other.json").write_text("{}")
     with pytest.raises(ConfigError, match="no result of this study"):
         read_results(folders)
+
+
+@pytest.mark.parametrize("content", ['{"tasks"', '{"tasks": [1]}', '{"tasks": {"single": {"cells": [{"length": 1}]}}}'])
+def test_a_damaged_file_of_needles_is_named(content: str, folders: Folders) -> None:
+    result(folders, run := Run("dense", "16k-needles"), [4.0, 2.0], 1.0)
+    folders.needles(run).write_text(content)
+    with pytest.raises(ConfigError, match=r"seed1-needles\.json: is no result of this study"):
+        write_report(folders)
