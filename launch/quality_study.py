@@ -40,8 +40,8 @@ from s2train.study.settings import (
     Recipe,
     corpus_command,
     data_commands,
-    document_commands,
     probes_command,
+    run_documents,
     steps_of,
     train_command,
     train_settings,
@@ -54,10 +54,16 @@ OF_VARIANTS = ("speed", "train", "evaluate")
 
 
 def make_documents(folders: Folders, run: Run, recipe: Recipe, deadline: Deadline) -> None:
-    """Make the needle documents of a run, if they are missing."""
-    for index, command in document_commands(folders, run, recipe):
-        if not index.is_file():
-            deadline.run(command)
+    """Make a run's needle documents, or check those that are there.
+
+    Raises:
+        ConfigError: they don't fit the run.
+    """
+    for documents in run_documents(folders, run, recipe):
+        if documents.index.is_file():
+            documents.check(folders)
+        else:
+            deadline.run(documents.command)
 
 
 def make_data(folders: Folders, tree: Path | None, settings: Sequence[str], deadline: Deadline) -> None:

@@ -1,9 +1,11 @@
 """Continues the study's runs on needle documents, and collects what they find."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from s2train.data.indexed import read_metadata
+from s2train.data.tokenizers import fingerprint
 from s2train.errors import ConfigError
 from s2train.files import write_json
 from s2train.needles.recipe import PHASES as RECIPE
@@ -23,20 +25,54 @@ def needle_blend(folders: Folders, phase: Phase) -> str:
     return f"[{','.join(parts)}]"
 
 
-def needle_documents(folders: Folders, phase: Phase, sequences: int, steps: int) -> list[tuple[Path, list[str]]]:
-    """Return the commands that make a phase's documents.
+@dataclass(frozen=True)
+class Documents:
+    """Needle documents of one source.
 
-    Each is paired with the .idx file that it writes.
+    Attributes:
+        prefix: of the dataset.
+        command: makes it.
+        drawn: documents that a run draws, at most once each.
+    """
+
+    prefix: Path
+    command: list[str]
+    drawn: float
+
+    @property
+    def index(self) -> Path:
+        return Path(f"{self.prefix}.idx")
+
+    def check(self, folders: Folders) -> None:
+        """Check that documents made before fit the run.
+
+        Raises:
+            ConfigError: they were made with another tokenizer, or are too few.
+        """
+        found = read_metadata(str(self.prefix))
+        problem = ""
+        if found is None or found.fingerprint != fingerprint(str(folders.tokenizer)):
+            problem = f"{self.prefix}.json does not name the tokenizer of this study, {folders.tokenizer}"
+        elif found.documents <= self.drawn:
+            problem = f"{self.prefix} has {found.documents:,} documents, of which this run would read some twice"
+        if problem:
+            remedy = f"Delete {self.prefix}.* to make them again, or set another root"
+            raise ConfigError("root", folders.root, problem, remedy)
+
+
+def needle_documents(folders: Folders, phase: Phase, sequences: int, steps: int) -> list[Documents]:
+    """Return the documents of all sources of a phase.
 
     Args:
         sequences: of a step.
     """
-    documents, commands = replace(_DOCUMENTS, length=phase.length, batch=sequences, steps=steps), []
-    for source, _ in documents.blend:
+    documents, made = replace(_DOCUMENTS, length=phase.length, batch=sequences, steps=steps), []
+    for source, weight in documents.blend:
         output = _prefix(folders, phase, source)
         settings = [f"output={output}", f"tokenizer={folders.tokenizer}", *document_settings(documents, source)]
-        commands.append((Path(f"{output}.idx"), [folders.program("prepare_data.py"), *settings]))
-    return commands
+        command = [folders.program("prepare_data.py"), *settings]
+        made.append(Documents(output, command, weight * documents.samples))
+    return made
 
 
 def _prefix(folders: Folders, phase: Phase, source: str) -> Path:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from s2train.study.files import Folders
-from s2train.study.needles import needle_blend, needle_documents
+from s2train.study.needles import Documents, needle_blend, needle_documents
 from s2train.study.variants import PHASES, Phase, Run, attention_settings, has_warm_up
 
 VOCABULARY = 32768
@@ -128,11 +128,8 @@ def train_command(folders: Folders, settings: Sequence[str], gpus: int) -> list[
     return program if gpus == 1 else [folders.program("job.py"), "--nproc-per-node", str(gpus), *program]
 
 
-def document_commands(folders: Folders, run: Run, recipe: Recipe) -> list[tuple[Path, list[str]]]:
-    """Return the commands that make a run's needle documents.
-
-    Each is paired with the .idx file that it writes. Other phases have none.
-    """
+def run_documents(folders: Folders, run: Run, recipe: Recipe) -> list[Documents]:
+    """Return a run's needle documents; none of other phases."""
     phase = PHASES[run.phase]
     if not phase.needles:
         return []

@@ -15,7 +15,7 @@ from s2train.planning.targets import target_gpu
 from s2train.study import variants
 from s2train.study.files import Folders
 from s2train.study.plan import plan_table
-from s2train.study.settings import Recipe, document_commands, micro_batch, steps_of, train_settings
+from s2train.study.settings import Recipe, micro_batch, run_documents, steps_of, train_settings
 from s2train.study.variants import (
     MATCHED,
     MODEL,
@@ -172,7 +172,7 @@ def test_a_run_on_needles_starts_from_its_variants_weights(variant: str, folders
     assert cfg.checkpoint.weights_only
     assert steps_of(run, RECIPE) == (0, cfg.train.steps)
     assert (cfg.optim.lr, cfg.train.freeze_trunk_steps) == (RECIPE.lr / 2, 0)
-    made = {str(index.with_suffix("")) for index, _ in document_commands(folders, run, RECIPE)}
+    made = {str(documents.prefix) for documents in run_documents(folders, run, RECIPE)}
     assert made == {path for path in cfg.data.path if isinstance(path, str)}
     assert cfg.data.valid_path == str(folders.held_out_data)
 
