@@ -24,6 +24,7 @@ from pathlib import Path
 import _surroundings  # noqa: F401 (prints why the rest can't start)
 
 from _deadline import Deadline
+from filelock import FileLock
 from rich.console import Console
 
 from s2train.checkpoints.integrity import damage
@@ -56,14 +57,17 @@ OF_VARIANTS = ("speed", "train", "evaluate")
 def make_documents(folders: Folders, run: Run, recipe: Recipe, deadline: Deadline) -> None:
     """Make a run's needle documents, or check those that are there.
 
+    Waits for another process that makes them.
+
     Raises:
         ConfigError: they don't fit the run.
     """
     for documents in run_documents(folders, run, recipe):
-        if documents.index.is_file():
-            documents.check(folders)
-        else:
-            deadline.run(documents.command)
+        with FileLock(f"{documents.prefix}.lock"):
+            if documents.index.is_file():
+                documents.check(folders)
+            else:
+                deadline.run(documents.command)
 
 
 def make_data(folders: Folders, tree: Path | None, settings: Sequence[str], deadline: Deadline) -> None:

@@ -2,7 +2,9 @@
 
 import json
 import runpy
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,8 @@ from typing import Any
 import pytest
 
 from s2train.checkpoints.folders import write_config
+from s2train.data.indexed import Metadata
+from s2train.data.tokenizers import fingerprint
 from s2train.errors import ConfigError
 from s2train.planning import compose_run
 from s2train.study import settings, sweep
@@ -130,6 +134,27 @@ def test_a_trained_run_is_not_recorded_under_another_recipe(
     assert not folders.result(trained).exists()
     study["train"](folders, trained, recipe, 1, [], None)
     assert json.loads(folders.result(trained).read_text())["recipe"]["lr"] == recipe.lr
+
+
+def test_runs_that_start_together_make_their_documents_once(study: dict[str, Any], tmp_path: Path) -> None:
+    folders, made = Folders(tmp_path, ROOT / "launch"), list[str]()
+    folders.data.mkdir()
+    folders.tokenizer.write_text("a tokenizer")
+
+    class Slow:
+        def run(self, command: list[str]) -> None:
+            made.append(output := command[1].removeprefix("output="))
+            time.sleep(0.1)
+            Metadata("name", str(fingerprint(str(folders.tokenizer))), 257, 9999, 1, 1.0, {}).write(
+                Path(f"{output}.json")
+            )
+            Path(f"{output}.idx").touch()
+
+    recipe = Recipe(1e-3, 1 << 17)
+    with ThreadPoolExecutor(2) as pool:
+        runs = [Run(variant, "16k-needles") for variant in ("dense", "hybrid")]
+        list(pool.map(lambda own: study["make_documents"](folders, own, recipe, Slow()), runs))
+    assert sorted(Path(one).name for one in made) == ["needles-16384-lines", "needles-16384-noise"]
 
 
 @pytest.fixture
