@@ -128,9 +128,14 @@ def recipe_of(folders: Folders, phase: Phase, given: Recipe | None) -> Recipe:
     """Return the given recipe, or else the sweep's choice.
 
     Raises:
-        ConfigError: the sweep was not finished, or was of another model than the phase's.
+        ConfigError: a step has no whole number of sequences, the sweep was not finished, or it was of another model
+            than the phase's.
     """
     if given is not None:
+        if given.batch_tokens < 1 or given.batch_tokens % phase.length:
+            problem = f"a step must have whole sequences, of {phase.length:,} tokens in phase {phase.name}"
+            nearest = max(1, round(given.batch_tokens / phase.length)) * phase.length
+            raise ConfigError("--batch-tokens", given.batch_tokens, problem, f"Set {nearest}")
         return given
     if phase.model != PHASES[sweep.PHASE].model:
         problem = f"has another model than the sweep, of phase {sweep.PHASE}"
