@@ -166,10 +166,14 @@ def train(
         print(f"{run.name}: there is a result, {folders.result(run)}")
         return
     check_data(folders)
-    if run.before is not None and not last_checkpoint(folders, run.before, recipe).is_dir():
+    if run.before is not None and not (start := last_checkpoint(folders, run.before, recipe)).is_dir():
         problem = f"{run.name} starts from {run.before.name}, which is not trained here"
         remedy = f"Train it first: python launch/quality_study.py train {run.before.variant} --phase {run.before.phase}"
-        raise ConfigError("phase", run.phase, problem, f"{remedy} --seed {run.seed} --root {folders.root}")
+        remedy += f" --seed {run.seed} --root {folders.root}"
+        if others := sorted(start.parent.glob("iter_*")):
+            problem = f"{run.name} starts from {start}, and only {others[-1].name} is there"
+            remedy += ", or set the --batch-tokens that it was trained with"
+        raise ConfigError("phase", run.phase, problem, remedy)
     own = [*train_settings(folders, run, recipe, gpus), *settings]
     checkpoint = last_checkpoint(folders, run, recipe)
     if not checkpoint.is_dir() or damage(checkpoint):

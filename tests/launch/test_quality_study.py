@@ -117,6 +117,18 @@ def test_probing_an_untrained_run_names_the_command_that_trains_it(
     assert f"train hybrid --phase 16k-40m --seed 2 --root {tmp_path}" in capsys.readouterr().err
 
 
+def test_a_run_whose_start_had_another_batch_is_not_called_untrained(
+    study: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(study["train"].__globals__, "check_data", lambda _: None)
+    folders, needles = Folders(tmp_path, ROOT / "launch"), Run("dense", "16k-needles")
+    with pytest.raises(ConfigError, match="which is not trained here"):
+        study["train"](folders, needles, Recipe(1e-3, 1 << 18), 1, [], None)
+    study["last_checkpoint"](folders, Run("dense"), Recipe(1e-3, 1 << 17)).mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"only iter_0002289 is there.*or set the --batch-tokens"):
+        study["train"](folders, needles, Recipe(1e-3, 1 << 18), 1, [], None)
+
+
 def test_a_trained_run_is_not_recorded_under_another_recipe(
     study: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
