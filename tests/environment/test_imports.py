@@ -5,10 +5,11 @@ import importlib
 import py_compile
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from s2train.environment.imports import Modules, imported_modules, left_out, no_collection
+from s2train.environment.imports import Modules, imported_modules, left_out, no_collection, thaw
 
 
 def test_modules_left_out_cannot_be_imported_until_the_end() -> None:
@@ -31,6 +32,20 @@ def test_collection_is_paused_and_left_as_it_was(is_enabled: bool) -> None:
         assert gc.isenabled() == is_enabled
     finally:
         (gc.enable if was_enabled else gc.disable)()
+
+
+@pytest.mark.parametrize(("release", "expected"), [("3.8.1", 0), ("3.9.0", 1), ("3.10.0", 1), (None, 0)])
+def test_what_is_exempt_from_collection_is_freed_at_exit_where_triton_would_list_it(
+    release: str | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unfrozen: list[None] = []
+    monkeypatch.setattr(gc, "unfreeze", lambda: unfrozen.append(None))
+    if release is None:
+        monkeypatch.delitem(sys.modules, "triton", raising=False)
+    else:
+        monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=release))
+    thaw()
+    assert len(unfrozen) == expected
 
 
 def test_modules_without_byte_code_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
