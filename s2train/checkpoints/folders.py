@@ -22,13 +22,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from s2train.attention.hybrid import HybridLayout
-from s2train.checkpoints.integrity import CONFIG, PROGRESS, damage, is_of_later_megatron, known_problem
+from s2train.checkpoints.integrity import CONFIG, PROGRESS, damage, known_problem, later_writer
 from s2train.checkpoints.masks import check_masks, mask_digests
 from s2train.checkpoints.optimizer_state_conversion import load_without_foreign_extra_state
 from s2train.command_line.old_names import rename_saved
 from s2train.config import PretrainConfig
 from s2train.errors import ConfigError
-from s2train.kernels.versions import installed_version
 from s2train.megatron.core_attention import cores_of
 from s2train.megatron.layer_backends import backend_of
 from s2train.megatron.model import build_model, transformer_config, unwrap
@@ -179,9 +178,9 @@ def load_shards(state: dict[str, Any], checkpoint: Path, setting: str = "checkpo
     """Load a sharded state dict through Megatron.
 
     Raises:
-        ConfigError: the checkpoint's shards are damaged, or a later megatron-core wrote them.
+        ConfigError: the checkpoint's shards are damaged, or a later torch or megatron-core wrote them.
     """
-    check_megatron_version(checkpoint, setting)
+    check_writer(checkpoint, setting)
     try:
         return load_without_foreign_extra_state(state, checkpoint)
     except (Exception, CheckpointException) as error:  # a missing or truncated file raises many types
@@ -190,14 +189,13 @@ def load_shards(state: dict[str, Any], checkpoint: Path, setting: str = "checkpo
         raise ConfigError(setting, checkpoint, problem, remedy_for_damage(checkpoint, setting)) from error
 
 
-def check_megatron_version(checkpoint: Path, setting: str = "checkpoint") -> None:
-    """Check that the installed megatron-core can read a checkpoint's format.
+def check_writer(checkpoint: Path, setting: str = "checkpoint") -> None:
+    """Reject a checkpoint that the installed torch or megatron-core can't read.
 
     Raises:
         ConfigError: a later version wrote it.
     """
-    if is_of_later_megatron(checkpoint):
-        problem = f"megatron-core 0.19 or later wrote it, which {installed_version('megatron-core')} here can't read"
+    if (problem := later_writer(checkpoint)) is not None:
         remedy = (
             "Install that version; or, for the weights alone, run launch/export.py with that version and"
             " launch/import.py with this one"

@@ -2,12 +2,14 @@
 
 import json
 import pickletools
+import traceback
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 from omegaconf import OmegaConf
 from torch.distributed.checkpoint import FileSystemReader
 
@@ -25,7 +27,7 @@ def damage(checkpoint: Path) -> str | None:
     """Describe the damage of a checkpoint in torch's distributed format.
 
     Reads the small files and the shards' sizes: it detects a missing or truncated file, but not a flipped bit in a
-    shard. Returns None if it finds no damage.
+    shard. Returns None if it finds no damage, or if `later_writer` finds that this torch can't read the index.
     """
     small: dict[str, Callable[[Path], None]] = {
         CONFIG: _check_yaml,
@@ -52,24 +54,34 @@ def damage(checkpoint: Path) -> str | None:
             if found < size:
                 return f"its shard {name} is cut short: {found:,} of {size:,} bytes"
     except Exception as error:  # unpickling damaged bytes can raise any exception
+        if _of_later_torch(error):
+            return None
         return f"its index .metadata can't be read ({type(error).__name__})"
     return None
 
 
-def is_of_later_megatron(checkpoint: Path) -> bool:
-    """Return whether a checkpoint needs a later megatron-core than the installed one.
+def later_writer(checkpoint: Path) -> str | None:
+    """Say which later library wrote a checkpoint that the installed one can't read.
 
-    It does if 0.19 or later wrote it and an earlier version is installed: the former keep all state in shards, the
-    latter look for `common.pt`.
+    Megatron-core 0.19 and later keep all state in shards; earlier ones look for `common.pt`. Torch 2.15 and later save
+    one property of tensors more, which earlier ones can't unpack. Returns None if it can be read, or is damaged.
     """
-    installed = installed_version("megatron-core")
-    if installed is None or tuple(map(int, installed.split(".")[:2])) >= (0, 19) or (checkpoint / COMMON).exists():
-        return False
     try:
         names = saved_entries(checkpoint)
-    except Exception:  # damaged: unpickling can raise any exception
-        return False
-    return any(name.startswith(_COMMON_IN_SHARDS) for name in names)
+    except Exception as error:  # damaged: unpickling can raise any exception
+        return f"a later torch wrote it, which {torch.__version__} here can't read" if _of_later_torch(error) else None
+    installed = installed_version("megatron-core")
+    if installed is None or tuple(map(int, installed.split(".")[:2])) >= (0, 19) or (checkpoint / COMMON).exists():
+        return None
+    if not any(name.startswith(_COMMON_IN_SHARDS) for name in names):
+        return None
+    return f"megatron-core 0.19 or later wrote it, which {installed} here can't read"
+
+
+def _of_later_torch(error: Exception) -> bool:
+    """Return whether an index has more properties of tensors than this torch knows."""
+    unpacking = traceback.extract_tb(error.__traceback__)[-1]
+    return isinstance(error, ValueError) and "too many values" in str(error) and unpacking.name == "__setstate__"
 
 
 def _damage_of(file: Path, check: Callable[[Path], None]) -> str | None:

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from s2train.checkpoints.async_writers import start_results_manager
 from s2train.checkpoints.folders import (
     Progress,
-    check_megatron_version,
+    check_writer,
     checkpoints_in,
     folder_name,
     is_own,
@@ -231,7 +231,7 @@ def load(cfg: PretrainConfig, state: TrainingState, checkpoint: Path, rng_ranks:
     Raises:
         ConfigError: the checkpoint is damaged, or holds shifted fp32 weights.
     """
-    check_megatron_version(checkpoint, "checkpoint.resume")
+    check_writer(checkpoint, "checkpoint.resume")
     weights_only = loads_weights_alone(cfg, checkpoint)
     initial: dict[str, dict[str, Any]] = {}
     if weights_only:

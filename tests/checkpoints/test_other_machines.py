@@ -1,12 +1,14 @@
 """Checkpoints of another megatron-core or another sort of device load, or are rejected in one line."""
 
 import random
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemWriter, save
+from torch.distributed.checkpoint.metadata import TensorProperties
 
 from s2train.checkpoints import integrity
 from s2train.checkpoints.folders import load_shards
@@ -26,8 +28,7 @@ def later(tmp_path: Path) -> Path:
 def test_a_checkpoint_of_a_later_megatron_is_rejected_with_its_version_and_what_to_do(
     installed: str, later: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("integrity", "folders"):
-        monkeypatch.setattr(f"s2train.checkpoints.{module}.installed_version", lambda _: installed)
+    monkeypatch.setattr(integrity, "installed_version", lambda _: installed)
     expected = rf"^checkpoint=.*0\.19 or later wrote it, which {installed} here .*launch/export\.py.*launch/import\.py"
     with pytest.raises(ConfigError, match=expected):
         load_shards({}, later)
@@ -35,7 +36,21 @@ def test_a_checkpoint_of_a_later_megatron_is_rejected_with_its_version_and_what_
 
 def test_a_version_that_wrote_it_reads_it(later: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(integrity, "installed_version", lambda _: "0.19.2")
-    assert not integrity.is_of_later_megatron(later)
+    assert integrity.later_writer(later) is None
+
+
+def test_a_checkpoint_of_a_later_torch_is_rejected_as_such_and_not_as_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = TensorProperties.__getstate__
+    monkeypatch.setattr(TensorProperties, "__getstate__", lambda self: (*known(self), None))
+    save({"weight": torch.zeros(1)}, storage_writer=FileSystemWriter(tmp_path), no_dist=True)
+    (tmp_path / "config.yaml").write_text("plan: {}\n")
+    for name in ("progress.json", "metadata.json"):
+        (tmp_path / name).write_text("{}")
+    assert integrity.damage(tmp_path) is None
+    with pytest.raises(ConfigError, match=rf"a later torch wrote it, which {re.escape(torch.__version__)} here"):
+        load_shards({}, tmp_path)
 
 
 def test_generators_of_another_device_start_anew_with_a_warning(
