@@ -61,7 +61,7 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def later_writer(checkpoint: Path) -> str | None:
-    """Say which later library wrote a checkpoint that the installed one can't read.
+    """Say which later library wrote a checkpoint that can't be read here.
 
     Megatron-core 0.19 and later keep all state in shards; earlier ones look for `common.pt`. Torch 2.15 and later save
     one property of tensors more, which earlier ones can't unpack. Returns None if it can be read, or is damaged.
@@ -79,7 +79,7 @@ def later_writer(checkpoint: Path) -> str | None:
 
 
 def _of_later_torch(error: Exception) -> bool:
-    """Return whether an index has more properties of tensors than this torch knows."""
+    """Return whether an index has tensor properties unknown to this torch."""
     unpacking = traceback.extract_tb(error.__traceback__)[-1]
     return isinstance(error, ValueError) and "too many values" in str(error) and unpacking.name == "__setstate__"
 
