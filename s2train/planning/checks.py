@@ -41,7 +41,7 @@ def resolve(cfg: DictConfig, models: Sequence[str], overrides: Sequence[str] = (
     Raises:
         ConfigError: no model is set, a setting has no value, or steps and tokens contradict each other.
     """
-    if OmegaConf.is_missing(cfg, "model") or OmegaConf.is_missing(cfg.model, "name"):
+    if OmegaConf.is_missing(cfg, "model") or ("model" in cfg and OmegaConf.is_missing(cfg.model, "name")):
         raise no_model(models)
     if OmegaConf.select(cfg, "train.tokens") is not None and OmegaConf.is_missing(cfg.train, "steps"):
         cfg.train.steps = 0  # until it is derived

@@ -120,7 +120,7 @@ def test_weights_of_a_scorer_of_another_size_are_rejected(selected: Path, tmp_pa
             ["checkpoint.weights_only=true", "checkpoint.resume=runs/x", "checkpoint.new_data=true"],
             "checkpoint.weights_only=true: checkpoint.new_data=true takes",
         ),
-        (["train.freeze_trunk_steps=3"], "train.freeze_trunk_steps=3: no layer's kind of attention has weights"),
+        (["train.freeze_trunk_steps=3"], "train.freeze_trunk_steps=3: no layer's kind of attention adds weights"),
         (["train.freeze_trunk_steps=-1"], "train.freeze_trunk_steps=-1"),
         (["optim.trunk_warmup_steps=2"], "optim.trunk_warmup_steps=2: no trunk is frozen before it"),
         (
