@@ -10,17 +10,20 @@ from hydra.errors import HydraException
 from s2train.command_line.names import one_of_section, type_of, unknown_name
 from s2train.errors import ConfigError
 
+_MERGED = "experiment"  # a group whose files may be merged
+
 
 def check_group_values(arguments: Iterable[str], groups: Mapping[str, Sequence[str]], schema: type) -> None:
     """Check that the values of configuration groups can be names.
 
-    Hydra ends in a stack for null, numbers and truth values, and takes an empty list for none.
+    Hydra ends in a stack for null, numbers and truth values, takes an empty list for none, and merges the files of a
+    longer one.
 
     Args:
         groups: names by configuration group, of programs whose settings have a model.
         schema: the dataclass of this program's settings.
     Raises:
-        ConfigError: a value can't be a name, or the program has no such group.
+        ConfigError: a value can't be a name, there are several, or the program has no such group.
     """
     has_groups = type_of("model", schema) is not None
     for argument in arguments:
@@ -28,9 +31,14 @@ def check_group_values(arguments: Iterable[str], groups: Mapping[str, Sequence[s
         if key not in groups:
             continue
         try:
-            names = values_of(OverridesParser.create().parse_override(argument))
+            override = OverridesParser.create().parse_override(argument)
         except HydraException:  # explained when Hydra rejects it
             continue
+        names = values_of(override)
+        if has_groups and key != _MERGED and isinstance(override.value(), list) and len(names) > 1:
+            listed = ",".join(map(str, names))
+            remedy = f"Write one, or run each: -m {argument.partition('=')[0]}={listed}"
+            raise ConfigError(argument.partition("=")[0], value, "would merge several files", remedy)
         if has_groups and any(name is None or isinstance(name, int | float | RangeSweep) for name in names or [None]):
             plus = "+" if argument.startswith("+") or key == "model" else ""  # `model` has no default
             remedy = f"Write {plus}{key}=NAME. There are {', '.join(groups[key])}."

@@ -161,6 +161,10 @@ def rejected(program: str, *arguments: str, processes: int = 0) -> Outcome:
         (["+model=7b_hybrid", "--train.steps=5"], "settings have no dashes. Write train.steps=5."),
         (["+model=7b_hybrid", "layout.pattern.kind=locl_vertical"], "local_vertical"),
         (["model=[]"], "error: model=[]: names no file. Write +model=NAME. There are 125m_dense"),
+        (
+            ["+model=[7b_hybrid,1b_dense]"],
+            "error: +model=[7b_hybrid,1b_dense]: would merge several files. Write one, or",
+        ),
         (["+model=7b_hybrid", "data=null"], "error: data=null: names no file. Write data=NAME. There are bundled"),
         (["-m", "+model=7b_hybrid", "layout=dense,null"], "error: layout=dense,null: names no file."),
         (["model.num_layers=2"], "error: +model=(not set): no model is set. Add +model=NAME"),
