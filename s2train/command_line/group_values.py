@@ -26,28 +26,33 @@ def check_group_values(arguments: Iterable[str], groups: Mapping[str, Sequence[s
         ConfigError: a value can't be a name, there are several, or the program has no such group.
     """
     has_groups = type_of("model", schema) is not None
+    parser = OverridesParser.create()
     for argument in arguments:
-        key, _, value = argument.lstrip("+").partition("=")
+        setting, _, value = argument.partition("=")
+        key = setting.lstrip("+")
         if key not in groups:
             continue
         try:
-            override = OverridesParser.create().parse_override(argument)
+            override = parser.parse_override(argument)
         except HydraException:  # explained when Hydra rejects it
             continue
-        names = values_of(override)
-        if has_groups and key != _MERGED and isinstance(override.value(), list) and len(names) > 1:
-            listed = ",".join(map(str, names))
-            remedy = f"Write one, or run each: -m {argument.partition('=')[0]}={listed}"
-            raise ConfigError(argument.partition("=")[0], value, "would merge several files", remedy)
-        if has_groups and any(name is None or isinstance(name, int | float | RangeSweep) for name in names or [None]):
-            plus = "+" if argument.startswith("+") or key == "model" else ""  # `model` has no default
-            remedy = f"Write {plus}{key}=NAME. There are {', '.join(groups[key])}."
-            raise ConfigError(argument.partition("=")[0], value, "names no file", remedy)
-        kind = type_of(key, schema)
-        if not has_groups and kind is None:
+        if has_groups:
+            _check_name(setting, value, override, groups[key])
+        elif (kind := type_of(key, schema)) is None:
             raise unknown_name(key, value, schema, ())
-        if not has_groups and not all(isinstance(name, dict) for name in names):
+        elif not all(isinstance(one, dict) for one in values_of(override)):
             raise ConfigError(key, value, "is a section of settings", one_of_section(key, kind))
+
+
+def _check_name(setting: str, value: str, override: Override, there: Sequence[str]) -> None:
+    """Check that a value is a name, or a sweep of names."""
+    key, names = setting.lstrip("+"), values_of(override)
+    if key != _MERGED and isinstance(override.value(), list) and len(names) > 1:
+        remedy = f"Write one, or run each: -m {setting}={','.join(map(str, names))}"
+        raise ConfigError(setting, value, "would merge several files", remedy)
+    if any(name is None or isinstance(name, int | float | RangeSweep) for name in names or [None]):
+        plus = "+" if setting != key or key == "model" else ""  # `model` has no default
+        raise ConfigError(setting, value, "names no file", f"Write {plus}{key}=NAME. There are {', '.join(there)}.")
 
 
 def no_model(models: Sequence[str]) -> ConfigError:
