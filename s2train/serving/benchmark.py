@@ -5,8 +5,8 @@ and are composed as for training, such as 7b_hybrid, or have the shape of an exp
 runs in a separate process, in vLLM with the same settings. Prompts are random tokens, without prefix caching; kernels
 are compiled before the first token is timed. Output tokens per second are of decoding alone, with all sequences of the
 batch. The sequences that fit are those whose keys and values fit vLLM's pages while they decode. A batch of `most` has
-as many of them as can join one after another, at most max_num_seqs; larger batches are left out. The file is written
-after each number. With --write-configs nothing is measured: vLLM's own benchmark takes the folders.
+all that can join one after another, up to max_num_seqs; larger batches are left out. The file is written after each
+number. With --write-configs nothing is measured: vLLM's own benchmark takes the folders.
 """
 
 import argparse
