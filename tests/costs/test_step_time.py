@@ -219,6 +219,7 @@ EARLIER += [(f"2026-11-28 {name}", settings, 1, H200, row["step_time_s"]) for na
 STEPS = [(name, settings, 1, row) for name, settings, row in H200_STEPS] + STUDY_STEPS + FOUR_STEPS
 TE_ADAM = ["local", "local_other_kernels", "te", "te_fp8"]
 WAITED = ["29-h200x4-scaling cp4", "homogeneous-16k-seed1", "dense-16k-seed1"]  # for a slow host
+WARNED = ["sparse-16k-seed1"]  # of a slow host, and did not wait
 PEAKS = [(name, settings, 1, H100, row["peak_bytes"]) for name, settings, row in LIBRARY_STEPS]
 PEAKS += [(name, settings, 1, H100, row["peak_gib"] * GIB) for name, settings, row in LONG_STEPS]
 PEAKS += [(name, own, 1, H200, row["peak_memory_gib"] * GIB) for name, own, row in [*SPEED_STEPS, *H200_STEPS]]
@@ -235,7 +236,7 @@ def test_a_step_measured_with_todays_kernels_is_met_closely(step: tuple[str, lis
         assert found.slow_host_s is not None
         assert found.time.total < row["step_time_s"]
     else:
-        assert found.slow_host_s is None
+        assert (found.slow_host_s is not None) == (name in WARNED)
         assert found.time.total == pytest.approx(row["step_time_s"], rel=CLOSE)
 
 
