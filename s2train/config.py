@@ -224,7 +224,8 @@ class TrainConfig:
     # bit-identical results in every run of the same command on the same devices: deterministic kernels, fixed order of
     # sums
     deterministic: bool = False
-    freeze_trunk_steps: int = 0  # in the run's first steps, only weights that kinds of attention add learn
+    # in the run's first steps (without skipped ones), only weights that kinds of attention add learn
+    freeze_trunk_steps: int = 0
     max_skipped_steps: int = 10  # stop the run after more consecutive steps with a loss or gradient that isn't finite
     spike_factor: float = 2.0  # log a loss spike when the loss exceeds this multiple of its running mean
     timeout_minutes: float = 30.0  # abort when a rank makes no progress for this long

@@ -123,7 +123,7 @@ def _find_start(cfg: PretrainConfig, masks: dict[str, str], tokenizer: str | Non
     if weights_only:
         rotation = [change for change in changes if change.setting in _PHASE_MAY_CHANGE]
         return Start(checkpoint, _step_0(cfg), changes=rotation, initial=initial)
-    _check_frozen_trunk(cfg, trained, saved.step, checkpoint)
+    _check_frozen_trunk(cfg, trained, saved, checkpoint)
     _check_muon(cfg, changes, checkpoint)
     _check_precision(cfg, changes, checkpoint)
     _check_step_size(cfg, saved, checkpoint)
@@ -232,15 +232,15 @@ def _check_step_size(cfg: PretrainConfig, saved: Progress, checkpoint: Path) -> 
     raise ConfigError(given.setting, given.value, problem, remedy)
 
 
-def _check_frozen_trunk(cfg: PretrainConfig, before: PretrainConfig, step: int, checkpoint: Path) -> None:
+def _check_frozen_trunk(cfg: PretrainConfig, before: PretrainConfig, saved: Progress, checkpoint: Path) -> None:
     """Reject freezing a trunk that has been trained.
 
     Its optimizer state would move it.
     """
-    frozen = cfg.train.freeze_trunk_steps
-    if frozen > step > before.train.freeze_trunk_steps:
-        problem = f"{checkpoint} is at step {step}, and the optimizer state of its trunk would keep moving it"
-        remedy = f"Set at most {step}, or start from its weights with checkpoint.weights_only=true"
+    frozen, taken = cfg.train.freeze_trunk_steps, saved.step - saved.health.get("skipped", 0)
+    if frozen > taken > before.train.freeze_trunk_steps:
+        problem = f"{checkpoint} is at step {saved.step}, and the optimizer state of its trunk would keep moving it"
+        remedy = f"Set at most {taken}, or start from its weights with checkpoint.weights_only=true"
         raise ConfigError("train.freeze_trunk_steps", frozen, problem, remedy)
 
 

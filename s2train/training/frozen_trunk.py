@@ -16,10 +16,11 @@ from s2train.megatron.core_attention import cores_of
 class FrozenTrunk:
     """Freezes the parameters that no kind of attention added.
 
-    They are frozen up to step `last` (0: never). Their gradients are set to zero before the norm is taken, and
-    nothing decays in these steps. Adam then moves them by exactly 0, since it has seen no other gradient: moments stay
-    0, also through a checkpoint and in the distributed optimizer. A learning rate of 0 would fill the moments, and let
-    the trunk's gradients take part in clipping.
+    They are frozen in the first `last` steps that are taken (0: never). A skipped step doesn't count, here as in
+    `LearningRateSchedule`, whose second warm-up begins with the next step. Their gradients are set to zero before the
+    norm is taken, and nothing decays in these steps. Adam then moves them by exactly 0, since it has seen no other
+    gradient: moments stay 0, also through a checkpoint and in the distributed optimizer. A learning rate of 0 would
+    fill the moments, and let the trunk's gradients take part in clipping.
     """
 
     def __init__(self, chunks: Sequence[torch.nn.Module], last: int) -> None:
@@ -27,12 +28,15 @@ class FrozenTrunk:
         self._last = last
         self._trunk: list[Any] = [p for chunk in chunks for p in chunk.parameters() if id(p) not in own]
 
-    def hold(self, optimizer: MegatronOptimizer, step: int) -> None:
+    def hold(self, optimizer: MegatronOptimizer, taken: int) -> None:
         """Zero the trunk's gradients, and turn off weight decay, while frozen.
 
-        Call it in each step, counted from 1, between the gradients' reduction and their norm.
+        Call it in each step between the gradients' reduction and their norm.
+
+        Args:
+            taken: steps taken before this one, as the schedule counts them.
         """
-        if step > self._last:
+        if taken >= self._last:
             return
         for parameter in self._trunk:
             parameter.main_grad.zero_()

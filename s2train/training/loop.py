@@ -282,7 +282,7 @@ class Trainer:
         state.optimizer.zero_grad()
         self.auxiliary.begin_step(step, is_logged=self._is_due(step), batch=size)
         sums = run_step(self.cfg, state.chunks, batches, forward_only=False, batch_size=size, teacher=self.teacher)
-        self.frozen.hold(state.optimizer, step)
+        self.frozen.hold(state.optimizer, state.scheduler.num_steps)
         with record_function(RANGE + OPTIMIZER):
             squared_norm = squared_gradient_norm(state.optimizer)
             results = torch.cat([sums.flatten(), squared_norm.double()])

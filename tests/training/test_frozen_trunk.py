@@ -1,11 +1,12 @@
-"""The learning rate warms up again after a frozen trunk."""
+"""The trunk stays frozen, and the learning rate warms up again afterwards."""
 
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from s2train.training.frozen_trunk import LearningRateSchedule
+from s2train.training.frozen_trunk import FrozenTrunk, LearningRateSchedule
 
 STEPS = 20
 
@@ -57,3 +58,15 @@ def test_a_schedule_resumes_within_the_second_warm_up() -> None:
     rates(whole, 10)
     resumed.load_state_dict(whole.state_dict())
     assert rates(resumed, 10) == rates(whole, 10)
+
+
+def test_after_a_skipped_step_the_trunk_still_begins_with_the_second_warm_up() -> None:
+    of, trunk = schedule(frozen=3), torch.nn.Linear(2, 2, bias=False)
+    frozen, found = FrozenTrunk([trunk], last=3), []
+    for is_skipped in (False, True, False, False, False):
+        trunk.weight.main_grad = torch.ones(2, 2)  # type: ignore[assignment]
+        frozen.hold(of.optimizer, of.num_steps)
+        if trunk.weight.main_grad.any():
+            found.append(of.optimizer.param_groups[0]["lr"])
+        of.step(0 if is_skipped else 1)
+    assert found == [0.0]  # the first step of the second warm-up
