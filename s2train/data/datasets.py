@@ -181,6 +181,10 @@ def _build(
     config.random_seed = cfg.seed if seed is None else seed
     kind = MockGPTDataset if prefix is None else GPTDataset
     train, valid, _ = BlendedMegatronDatasetBuilder(kind, [*sizes, 0], is_built_on_rank, config).build()
+    for part in (train, valid):
+        if part is not None:
+            # Else masked tokens (-1) of the first sample that a process reads are masked in all its later samples too.
+            part.masks_and_position_ids_are_cacheable = False
     return train, valid
 
 

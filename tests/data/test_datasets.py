@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from s2train.config import PrepareConfig, PretrainConfig
 from s2train.data.blend import BUNDLED_PREFIX
@@ -25,6 +25,7 @@ from tests.data_fixtures import write_dataset
 MakeConfig = Callable[..., PretrainConfig]
 TOKENIZER = ByteTokenizer()
 END = chr(TOKENIZER.eod)
+ORDERS = range(30), range(29, -1, -1)
 
 
 def build(cfg: PretrainConfig, train: int | None = None, valid: int = 5) -> tuple[Any, Any]:
@@ -96,6 +97,19 @@ def test_a_sample_is_text_of_the_corpus_and_labels_are_the_next_tokens(
         for piece in pieces:
             assert any(piece in text for text in texts)
     assert whole > 0
+
+
+def test_masked_tokens_of_one_sample_count_in_the_others(config: MakeConfig, tmp_path: Path) -> None:
+    builder = IndexedDatasetBuilder(str(tmp_path / "other.bin"), dtype=np.int32)
+    document = np.repeat(np.array([97, -1], dtype=np.int32), 25)  # of another tool, which masks tokens by -1
+    for _ in range(60):
+        builder.add_document(document, [len(document)])
+    builder.finalize(str(tmp_path / "other.idx"))
+    cfg = config(str(tmp_path / "other"), split="1", evaluate=False)
+    read = [build(cfg, train=30, valid=0)[0] for _ in range(2)]  # as by two processes
+    masks = [torch.stack([dataset[i]["loss_mask"] for i in order]) for dataset, order in zip(read, ORDERS, strict=True)]
+    assert 0 < masks[0].mean() < 1
+    assert torch.equal(masks[0], masks[1].flip(0))
 
 
 def test_an_epoch_takes_every_token_once(corpus: str, config: MakeConfig) -> None:
