@@ -44,11 +44,15 @@ def squared_norm(optimizer: MegatronOptimizer) -> Tensor:
 
 
 @torch.no_grad()
-def clip(optimizer: MegatronOptimizer, norm: float) -> None:
-    """Scale the prepared gradients of this norm down to `clip_grad`."""
+def clip(optimizer: MegatronOptimizer, norm: float, share: float = 1.0) -> None:
+    """Divide the prepared gradients by `share`, and scale them down to `clip_grad`.
+
+    `norm` is that of the quotient.
+    """
     for part in optimizer_parts(optimizer):
         factor = part.config.clip_grad / (norm + 1e-6)  # as Megatron computes it
-        if not 0 < factor < 1:
+        factor = (factor if 0 < factor < 1 else 1.0) / share
+        if factor == 1:
             continue
         name = "decoupled_grad" if part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 else "grad"
         gradients = [getattr(parameter, name, None) for parameter in part.get_parameters()]

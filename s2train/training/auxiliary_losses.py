@@ -48,7 +48,8 @@ class AuxiliaryLosses:
 
         Gradients are scaled as the language model's loss is: it is a mean over the tokens of a micro batch, divided by
         the number of micro batches, and averaged over data parallel ranks with the gradients. Megatron's schedules do
-        this only for the losses of its layers.
+        this only for the losses of its layers. They are means over all tokens: where some don't count in the language
+        model's loss, `take_step` divides their gradients too by the share that does.
 
         Args:
             step: counted from 1.

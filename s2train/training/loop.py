@@ -293,7 +293,8 @@ class Trainer:
                     each.fetch()
         # One read of all: each waits, and the GPU is idle from here until the optimizer's kernels are launched.
         is_bad, signal, total, tokens, square, *auxiliary = values.tolist()
-        loss, grad_norm = total / tokens if tokens else math.nan, square**0.5
+        share = tokens / (size * self.cfg.train.seq_length)
+        loss, grad_norm = (total / tokens, square**0.5 / share) if tokens else (math.nan, square**0.5)
         if is_bad or not tokens:
             state.scheduler.step(0)  # restores the weight decay, which is 0 in the steps of a frozen trunk
             reason = f"loss {loss}, gradient norm {grad_norm}" if tokens else NO_TOKEN
@@ -304,7 +305,7 @@ class Trainer:
                     "spike", step, consumed, size, f"loss {loss:.4f} is {factor:.1f} × the running mean", loss
                 )
             with record_function(RANGE + OPTIMIZER):
-                take_step(state.optimizer, grad_norm)
+                take_step(state.optimizer, grad_norm, share)
             state.scheduler.step(1)
             self.loss_history = self.loss_history.after_step(loss)
         return StepOutcome(loss, grad_norm, lr, int(signal), self.auxiliary.means(auxiliary))

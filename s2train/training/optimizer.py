@@ -153,12 +153,16 @@ def gradient_norm(optimizer: MegatronOptimizer) -> float:
     return float(squared_gradient_norm(optimizer)) ** 0.5
 
 
-def take_step(optimizer: MegatronOptimizer, norm: float) -> None:
+def take_step(optimizer: MegatronOptimizer, norm: float, share: float = 1.0) -> None:
     """Clip by the norm from `gradient_norm`, and step.
 
     Megatron's own step would prepare the gradients and compute their norm a second time.
+
+    Args:
+        share: share of the batch's tokens that count in the loss: the gradients, of the loss over all tokens, are
+            divided by it. `norm` is that of the quotient.
     """
-    clip(optimizer, norm)
+    clip(optimizer, norm, share)
     optimizer.step_with_ready_grads()
 
 

@@ -22,18 +22,20 @@ LossReport = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 
 
 def token_loss(loss_mask: torch.Tensor, edges: list[int] | None, losses: torch.Tensor) -> LossReport:
-    """Compute Megatron's three-part loss: sum [], tokens [] int, report.
+    """Compute Megatron's three-part loss: sum [], positions [] int, report.
 
-    Megatron normalises the three-part form by tokens; it would scale the two-part form by the context parallel size.
+    Megatron normalises the three-part form by its second part; it would scale the two-part form by the context parallel
+    size. That part counts all tokens, masked ones too, and `take_step` divides by the share that counts in the whole
+    batch. By its own counted tokens, each rank's micro batch would have the same weight, however few they are.
 
     Args:
         loss_mask, losses: [b, s / cp], fp32.
         edges: edges of the position ranges to report (`position_edges`); None reports all positions as one range.
     """
     total = (losses.float() * loss_mask).sum()
-    tokens = loss_mask.sum()
+    positions = torch.full((), loss_mask.numel(), dtype=torch.int, device=loss_mask.device)
     if edges is None:
-        sums = torch.stack([total.detach(), tokens])[None]
+        sums = torch.stack([total.detach(), loss_mask.sum()])[None]
     else:
         cp_rank, cp_size = (
             parallel_state.get_context_parallel_rank(),
@@ -41,7 +43,7 @@ def token_loss(loss_mask: torch.Tensor, edges: list[int] | None, losses: torch.T
         )
         bins = position_bins(edges, cp_rank, cp_size, losses.device)
         sums = sum_by_position(losses.detach(), loss_mask, bins, len(edges) - 1)
-    return total, tokens.to(torch.int), {"loss": sums}
+    return total, positions, {"loss": sums}
 
 
 def forward_step(
