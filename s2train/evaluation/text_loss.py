@@ -79,5 +79,4 @@ def measure(
     if group is not None:
         for summed in (sums, correct):
             torch.distributed.all_reduce(summed, group=group)
-    total, tokens = sums.sum(0).tolist()
-    return TextLoss(int(tokens), int(correct), text_bytes, HeldOut.of(total / tokens, edges, sums.cpu()))
+    return TextLoss(int(sums[:, 1].sum()), int(correct), text_bytes, HeldOut.of(edges, sums.cpu()))

@@ -233,7 +233,7 @@ class Trainer:
     def held_out_loss(self, step: int) -> HeldOut:
         """Compute the loss over the first `evaluation.batches` held-out global batches.
 
-        A batch in which no token counts is left out of the mean, and logged. The loss is NaN if that leaves none.
+        All tokens that count have the same weight. A batch without any is logged. The loss is NaN if none has one.
         """
         cfg, chunks = self.cfg, self.state.chunks
         assert self.held_out_set is not None
@@ -248,12 +248,10 @@ class Trainer:
             ]
             for chunk in chunks:
                 chunk.train()
-        totals = [of_batch.sum(dim=0).tolist() for of_batch in sums]
-        losses = [total / tokens for total, tokens in totals if tokens]
-        if len(losses) < count:
-            self.tracker.note(f"step {step} | {count - len(losses)} of {count} held-out batches: {NO_TOKEN}")
-        mean = sum(losses) / len(losses) if losses else math.nan
-        return HeldOut.of(mean, edges, torch.stack(sums).sum(dim=0))
+        by_batch = torch.stack(sums)  # [batches, ranges, 2]
+        if empty := by_batch[..., 1].sum(dim=1).tolist().count(0):
+            self.tracker.note(f"step {step} | {empty} of {count} held-out batches: {NO_TOKEN}")
+        return HeldOut.of(edges, by_batch.sum(dim=0))
 
     def _is_evaluated(self, step: int) -> bool:
         return self.held_out_set is not None and step % self.cfg.evaluation.interval == 0

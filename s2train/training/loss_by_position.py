@@ -64,12 +64,13 @@ class HeldOut:
     long: float | None
 
     @classmethod
-    def of(cls, loss: float, edges: list[int], sums: Tensor) -> "HeldOut":
+    def of(cls, edges: list[int], sums: Tensor) -> "HeldOut":
         """Build from `sums`: float64 [ranges, 2], loss and tokens between `edges`."""
+        total, tokens = sums.sum(dim=0).tolist()
         ranges = list(itertools.pairwise(edges))
         length = edges[-1]
         return cls(
-            loss,
+            total / tokens if tokens else math.nan,
             [(start, stop, _mean(part)) for (start, stop), part in zip(ranges, sums, strict=True)],
             _mean(sums[[stop <= length >> 3 for _, stop in ranges]].sum(dim=0)),
             _mean(sums[[start >= length >> 1 for start, _ in ranges]].sum(dim=0)),

@@ -42,11 +42,20 @@ def test_short_and_long_are_token_means_over_the_first_eighth_and_the_last_half(
     losses = torch.rand(2, length)
     edges = position_edges(length)
     sums = sum_by_position(losses, torch.ones(2, length), position_bins(edges, 0, 1, CPU), len(edges) - 1)
-    found = HeldOut.of(1.0, edges, sums)
+    found = HeldOut.of(edges, sums)
     assert found.short == pytest.approx(losses[:, :32].double().mean().item())
     assert found.long == pytest.approx(losses[:, 128:].double().mean().item())
     assert [part[:2] for part in found.by_position][-1] == (128, 256)
     assert found.by_position[-1][2] == found.long
+
+
+def test_the_loss_is_the_mean_over_tokens_of_batches_in_which_unequally_many_count() -> None:
+    losses, weights, edges = torch.rand(2, 128), torch.ones(2, 128), position_edges(128)
+    weights[0, 5:] = 0
+    bins = position_bins(edges, 0, 1, CPU)
+    by_batch = [sum_by_position(losses[i : i + 1], weights[i : i + 1], bins, len(edges) - 1) for i in range(2)]
+    found = HeldOut.of(edges, by_batch[0] + by_batch[1])
+    assert found.loss == pytest.approx(float((losses * weights).double().sum()) / 133)
 
 
 def test_ranges_without_a_token_have_no_loss() -> None:
@@ -54,7 +63,7 @@ def test_ranges_without_a_token_have_no_loss() -> None:
     weights = torch.ones(1, 128)
     weights[:, :16] = 0
     sums = sum_by_position(torch.rand(1, 128), weights, position_bins(edges, 0, 1, CPU), len(edges) - 1)
-    found = HeldOut.of(1.0, edges, sums)
+    found = HeldOut.of(edges, sums)
     assert found.short is None
     assert [loss is None for _, _, loss in found.by_position] == [True] * 5 + [False] * 3
 
