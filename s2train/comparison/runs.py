@@ -33,6 +33,7 @@ class Summary:
         peak_memory_gib: peak memory allocated on rank 0's device; 0 on a CPU.
         is_evaluated: whether a held-out loss was reported, finite or not.
         held_out_tokens: tokens of an evaluation; None if the folder has no settings.
+        held_out_seed: that orders the held-out samples, the run's; None if the folder has no settings.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Summary:
     peak_memory_gib: float
     is_evaluated: bool = False
     held_out_tokens: int | None = None
+    held_out_seed: int | None = None
 
     @property
     def ranking_loss(self) -> tuple[str, float | None]:
@@ -87,6 +89,8 @@ def summarize(run_dir: Path) -> Summary:
     steady = [report for report in reports if report["step"] > last / 10]
     evaluation = last_evaluation(records)
 
+    held_out_tokens, held_out_seed = _settings(run_dir / "config.yaml")
+
     def median(name: str) -> float:
         return statistics.median(report[name] for report in steady)
 
@@ -103,31 +107,40 @@ def summarize(run_dir: Path) -> Summary:
         mfu=None if any("mfu" not in report for report in steady) else median("mfu"),
         peak_memory_gib=max(report["memory_gib"] for report in reports),
         is_evaluated=evaluation is not None,
-        held_out_tokens=_held_out_tokens(run_dir / "config.yaml"),
+        held_out_tokens=held_out_tokens,
+        held_out_seed=held_out_seed,
     )
 
 
-def _held_out_tokens(config: Path) -> int | None:
+def _settings(config: Path) -> tuple[int | None, int | None]:
+    """Read the tokens of an evaluation, and the seed."""
     if not config.is_file():
-        return None
+        return None, None
     cfg = OmegaConf.load(config)
     names = ("evaluation.batches", "train.global_batch_size", "train.seq_length")
     counts = [OmegaConf.select(cfg, name) for name in names]
-    return None if None in counts else math.prod(counts)
+    return None if None in counts else math.prod(counts), OmegaConf.select(cfg, "seed")
 
 
 def held_out_note(summaries: Iterable[Summary]) -> str | None:
-    """Warn of held-out losses over different numbers of tokens.
+    """Warn of held-out losses over different tokens.
 
-    Equal weights can differ by more than the runs do: by 0.017 nats over 2,048 and 8,192 tokens of a tiny model.
+    Equal weights can differ by more than the runs do: by 0.017 nats over 2,048 and 8,192 tokens of a tiny model, and by
+    0.07 over the 8,192 tokens of four seeds.
     """
-    counts = {s.held_out_tokens for s in summaries if s.is_evaluated and s.held_out_tokens is not None}
-    if len(counts) < 2:
-        return None
-    return (
-        f"held-out losses are over {min(counts):,} to {max(counts):,} tokens, and not comparable: evaluation.batches"
-        " counts global batches"
-    )
+    evaluated = [s for s in summaries if s.is_evaluated]
+    counts = {s.held_out_tokens for s in evaluated if s.held_out_tokens is not None}
+    if len(counts) > 1:
+        return (
+            f"held-out losses are over {min(counts):,} to {max(counts):,} tokens, and not comparable:"
+            " evaluation.batches counts global batches"
+        )
+    if len({s.held_out_seed for s in evaluated if s.held_out_seed is not None}) > 1:
+        return (
+            "held-out losses of several seeds are over different samples, unless evaluation.batches takes all: compare"
+            " runs of one seed"
+        )
+    return None
 
 
 def compare(run_dirs: Sequence[Path], output: Path, command: str) -> "Table":

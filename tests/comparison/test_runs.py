@@ -53,6 +53,23 @@ def test_a_diverged_run_has_no_loss(tmp_path: Path) -> None:
     assert compare([run], tmp_path / "out", "").row_count == 1
 
 
+@pytest.mark.parametrize(
+    ("seeds", "batches", "note"),
+    [((1, 1), (2, 2), ""), ((1, 2), (2, 2), "different samples"), ((1, 1), (2, 4), "64 to 128 tokens")],
+)
+def test_held_out_losses_over_different_tokens_are_noted(
+    seeds: tuple[int, int], batches: tuple[int, int], note: str, tmp_path: Path
+) -> None:
+    runs = []
+    for number, (seed, count) in enumerate(zip(seeds, batches, strict=True)):
+        runs.append(write(tmp_path / str(number), report(10, held_out_loss=4.0)))
+        own = {"evaluation": {"batches": count}, "train": {"global_batch_size": 4, "seq_length": 8}, "seed": seed}
+        (runs[-1] / "config.yaml").write_text(json.dumps(own))
+    caption = str(compare(runs, tmp_path / "out", "").caption or "")
+    assert note in caption
+    assert bool(caption) == bool(note)
+
+
 def test_a_run_that_has_reported_nothing_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"runs=.*run: has reported no step"):
         summarize(write(tmp_path / "run"))
