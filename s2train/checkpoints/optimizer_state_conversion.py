@@ -77,8 +77,8 @@ def _convert(loaded: Any, defaults: dict[str, Any], is_torch: bool) -> None:
         return
     groups, state = loaded.get("param_groups", []), loaded.get("state")
     if groups and isinstance(state, dict):  # plain optimizer; the distributed one keeps the step in its groups
-        if is_torch and "common_step" not in state and "step" in groups[0]:
-            state["common_step"] = torch.tensor(float(groups[0]["step"]))
+        if is_torch and "common_step" not in state:  # Megatron leaves a step of 0 out
+            state["common_step"] = torch.tensor(float(groups[0].get("step", 0)))
         elif not is_torch and "common_step" in state:
             step = int(state.pop("common_step"))
             for group in groups:

@@ -11,7 +11,7 @@ _CLASSES = ("cpu_optimizer_cls", "gpu_optimizer_cls")
 
 
 def prepare_to_load(optimizer: MegatronOptimizer) -> None:
-    """Make SGD's checkpoints loadable.
+    """Make SGD's checkpoints loadable, even before the first step that is taken.
 
     Megatron calls `init_state_fn` first, and has none for SGD.
     """
@@ -19,6 +19,7 @@ def prepare_to_load(optimizer: MegatronOptimizer) -> None:
         # Megatron's is torch's, apex's or transformer-engine's.
         if isinstance(part.optimizer, (torch.optim.SGD, SGD)) and part.init_state_fn is None:
             part.init_state_fn = _zero_momentum
+            _zero_momentum(part.optimizer)
 
 
 def remove_classes(state: Any) -> None:

@@ -46,17 +46,25 @@ def fuse(optimizer: torch.optim.AdamW) -> None:
 def prepare_for_checkpoints(optimizer: MegatronOptimizer) -> None:
     """Make the optimizer save and load its moments correctly.
 
-    Other optimizers than torch's AdamW are left unchanged.
+    They exist from the start: a checkpoint before the first step that is taken would lack them, and could not be
+    loaded. Other optimizers than torch's AdamW are left unchanged.
     """
+    for part in optimizer_parts(optimizer):
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            _begin(part.optimizer)
     for part in _affected(optimizer):
-        for group in part.optimizer.param_groups:
-            for parameter in group["params"]:
-                part.optimizer.state[parameter] = {
-                    "step": torch.zeros((), device=parameter.device if group["fused"] else "cpu"),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
         _leave_out_step(part)
+
+
+def _begin(optimizer: torch.optim.AdamW) -> None:
+    """Set each parameter's state to that before the first step."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device if group["fused"] else "cpu"),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
 
 
 def move_steps_to_host(state: Any) -> None:

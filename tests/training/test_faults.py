@@ -150,6 +150,14 @@ def test_a_step_and_an_evaluation_in_which_no_token_counts_are_logged_and_change
     assert [record["held_out_loss"] is None for record in records] == [True, False]
 
 
+@pytest.mark.parametrize("name", ["adam", pytest.param("sgd", marks=pytest.mark.long)])
+def test_a_checkpoint_before_the_first_step_that_is_taken_is_loaded(name: str, tmp_path: Path) -> None:
+    own = ["train.steps=3", "parallel.distributed_optimizer=false", f"optim.name={name}"]
+    planted("masked:0:1", tmp_path, *own, "train.exit_step=1").succeeded()
+    pretrain(tmp_path, *own, UNSAVED).succeeded()
+    assert [(record["step"], record["skipped"]) for record in trace(tmp_path)] == [(1, 1), (2, 1), (3, 1)]
+
+
 def test_a_step_waits_for_its_results_once(tmp_path: Path) -> None:
     done = planted("reads:0:3", tmp_path, STEPS, UNSAVED)
     assert done.status == 0, done.err
