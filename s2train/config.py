@@ -269,6 +269,9 @@ class EvaluationConfig:
 
     interval: int = 100  # steps; 0: never
     batches: int = 8  # global batches each time
+    # orders the held-out samples, of which an evaluation takes the first; one value makes runs of several seeds
+    # comparable; null: the run's seed
+    seed: int | None = 1234
 
 
 @dataclass

@@ -153,6 +153,7 @@ def read_config(checkpoint: Path, setting: str = "checkpoint") -> PretrainConfig
         rename_saved(settings)
         defaults = OmegaConf.structured(PretrainConfig)
         defaults.optim.trunk_warmup_steps = 0  # earlier versions, which don't write it, had no such warm-up
+        defaults.evaluation.seed = OmegaConf.select(saved, "seed", default=defaults.seed)  # they had no other
         merged = OmegaConf.merge(defaults, settings)
         config = OmegaConf.to_object(merged)
     except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:

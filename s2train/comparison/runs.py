@@ -33,7 +33,8 @@ class Summary:
         peak_memory_gib: peak memory allocated on rank 0's device; 0 on a CPU.
         is_evaluated: whether a held-out loss was reported, finite or not.
         held_out_tokens: tokens of an evaluation; None if the folder has no settings.
-        held_out_seed: that orders the held-out samples, the run's; None if the folder has no settings.
+        held_out_seed: that orders the held-out samples: `evaluation.seed`, or the run's if that is null; None if the
+            folder has no settings.
     """
 
     name: str
@@ -113,13 +114,14 @@ def summarize(run_dir: Path) -> Summary:
 
 
 def _settings(config: Path) -> tuple[int | None, int | None]:
-    """Read the tokens of an evaluation, and the seed."""
+    """Read the tokens of an evaluation, and the seed of their order."""
     if not config.is_file():
         return None, None
     cfg = OmegaConf.load(config)
     names = ("evaluation.batches", "train.global_batch_size", "train.seq_length")
     counts = [OmegaConf.select(cfg, name) for name in names]
-    return None if None in counts else math.prod(counts), OmegaConf.select(cfg, "seed")
+    seeds = [OmegaConf.select(cfg, name) for name in ("evaluation.seed", "seed")]
+    return None if None in counts else math.prod(counts), next((seed for seed in seeds if seed is not None), None)
 
 
 def held_out_note(summaries: Iterable[Summary]) -> str | None:
@@ -137,8 +139,8 @@ def held_out_note(summaries: Iterable[Summary]) -> str | None:
         )
     if len({s.held_out_seed for s in evaluated if s.held_out_seed is not None}) > 1:
         return (
-            "held-out losses of several seeds are over different samples, unless evaluation.batches takes all: compare"
-            " runs of one seed"
+            "held-out losses of several values of evaluation.seed (where null, the run's seed) are over different"
+            " samples, unless evaluation.batches takes all: compare runs of one value"
         )
     return None
 

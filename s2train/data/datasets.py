@@ -44,8 +44,9 @@ def build_datasets(
     `dataset_id`. A sample holds consecutive documents, each closed by the tokenizer's end of document. Small datasets
     are repeated for several epochs. With `data.attention_within_documents`, position ids restart at 0 in each document.
 
-    The order depends on the data (not on their path), `data.split`, `seed`, `train.seq_length` and the number of
-    samples: Megatron shuffles the epochs that these take together. It does not depend on `last_sample`: further epochs
+    The order depends on the data (not on their path), `data.split`, `seed` (that of held-out samples on
+    `evaluation.seed`), `train.seq_length` and the number of samples: Megatron shuffles the epochs that these take
+    together. It does not depend on `last_sample`: further epochs
     follow, each shuffled separately.
 
     Collective when torch.distributed is initialised (which blends need with megatron-core 0.16): rank 0 builds the
@@ -62,8 +63,11 @@ def build_datasets(
         (train, held out). Each is None on ranks that don't need it, or if `data.split` or the number of samples leaves
         it out.
     """
-    if cfg.data.valid_path is not None:
-        train, held_out = (replace(cfg, data=part(cfg.data)) for part in (training_part, held_out_part))
+    held_out_seed = cfg.seed if cfg.evaluation.seed is None else cfg.evaluation.seed
+    if cfg.data.valid_path is not None or held_out_seed != cfg.seed:
+        train = replace(cfg, data=training_part(cfg.data))
+        held_out = replace(cfg, data=held_out_part(cfg.data), seed=held_out_seed)
+        train, held_out = (replace(part, evaluation=replace(cfg.evaluation, seed=None)) for part in (train, held_out))
         build = partial(build_datasets, tokenizer=tokenizer, is_built_on_rank=is_built_on_rank)
         train_set, _ = build(train, num_train_samples=num_train_samples, num_valid_samples=0, last_sample=last_sample)
         _, held_out_set = build(held_out, num_train_samples=0, num_valid_samples=num_valid_samples)

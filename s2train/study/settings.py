@@ -84,6 +84,7 @@ def train_settings(folders: Folders, run: Run, recipe: Recipe, gpus: int = 1) ->
         f"optim.warmup_steps={max(1, (before or last) // 20)}",
         f"evaluation.interval={interval}",
         f"evaluation.batches={max(1, HELD_OUT_TOKENS // (sequences * phase.length))}",
+        "evaluation.seed=null",  # as the recorded runs were evaluated; runs of one seed are compared
         f"checkpoint.interval={2 * interval}",
         "checkpoint.keep=1",
         "tracking.log_interval=10",

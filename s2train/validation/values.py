@@ -87,6 +87,8 @@ def check_values(cfg: PretrainConfig) -> None:
     if not cfg.run_dir.strip():
         raise ConfigError("run_dir", cfg.run_dir, "names no folder", "Set run_dir, such as runs/mine.")
     check_seed(cfg.seed)
+    if cfg.evaluation.seed is not None:
+        check_seed(cfg.evaluation.seed, "evaluation.seed")
     find_schedule(cfg.schedule)
     for kind in kinds_of(cfg.layout).values():
         kind.heads()
@@ -100,10 +102,10 @@ def check_values(cfg: PretrainConfig) -> None:
     _check_allowed_changes(cfg)
 
 
-def check_seed(seed: int) -> None:
+def check_seed(seed: int, setting: str = "seed") -> None:
     """Check that every random number generator accepts `seed`; ConfigError if not."""
     if not 0 <= seed <= _LARGEST_SEED:
-        raise ConfigError("seed", seed, "is out of range", f"Set seed to 0 … {_LARGEST_SEED}.")
+        raise ConfigError(setting, seed, "is out of range", f"Set {setting} to 0 … {_LARGEST_SEED}.")
 
 
 def check_choice(setting: str, value: str | int) -> None:

@@ -65,6 +65,13 @@ def test_a_run_of_an_earlier_version_resumes_without_its_chunks_of_communication
     assert read_config(tmp_path).parallel == now.parallel
 
 
+def test_a_run_of_an_earlier_version_ordered_held_out_samples_by_its_seed(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(EARLIER + "seed: 7\nevaluation: {interval: 100, batches: 8}\n")
+    now = config()
+    now.seed, now.schedule.kind, now.run_dir = 7, "rotating", "runs/small"
+    assert [str(change) for change in changes_between(read_config(tmp_path), now)] == ["evaluation.seed 7 → 1234"]
+
+
 @pytest.mark.parametrize("settings", ["parallel: null\nplan: {}\n", "[plan]\n"])
 def test_a_file_without_settings_is_rejected(settings: str, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(settings)

@@ -54,16 +54,24 @@ def test_a_diverged_run_has_no_loss(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seeds", "batches", "note"),
-    [((1, 1), (2, 2), ""), ((1, 2), (2, 2), "different samples"), ((1, 1), (2, 4), "64 to 128 tokens")],
+    ("seeds", "orders", "batches", "note"),
+    [
+        ((1, 1), (None, None), (2, 2), ""),
+        ((1, 2), (None, None), (2, 2), "different samples"),
+        ((1, 2), (3, 3), (2, 2), ""),
+        ((1, 2), (2, None), (2, 2), ""),
+        ((1, 1), (2, 3), (2, 2), "different samples"),
+        ((1, 1), (None, None), (2, 4), "64 to 128 tokens"),
+    ],
 )
 def test_held_out_losses_over_different_tokens_are_noted(
-    seeds: tuple[int, int], batches: tuple[int, int], note: str, tmp_path: Path
+    seeds: tuple[int, int], orders: tuple[int | None, int | None], batches: tuple[int, int], note: str, tmp_path: Path
 ) -> None:
     runs = []
-    for number, (seed, count) in enumerate(zip(seeds, batches, strict=True)):
+    for number, (seed, order, count) in enumerate(zip(seeds, orders, batches, strict=True)):
         runs.append(write(tmp_path / str(number), report(10, held_out_loss=4.0)))
-        own = {"evaluation": {"batches": count}, "train": {"global_batch_size": 4, "seq_length": 8}, "seed": seed}
+        evaluation = {"batches": count, "seed": order}
+        own = {"evaluation": evaluation, "train": {"global_batch_size": 4, "seq_length": 8}, "seed": seed}
         (runs[-1] / "config.yaml").write_text(json.dumps(own))
     caption = str(compare(runs, tmp_path / "out", "").caption or "")
     assert note in caption

@@ -133,6 +133,24 @@ def test_held_out_samples_share_no_document_with_training(corpus: str, config: M
             assert any(piece in document for document in held_out)
 
 
+@pytest.mark.usefixtures("world_of_one")
+def test_evaluation_seed_alone_orders_the_held_out_samples(
+    corpus: str, two_letters: list[str], config: MakeConfig
+) -> None:
+    for path, apart in ((corpus, None), ([0.4, two_letters[0], 0.6, corpus], None), (two_letters, corpus)):
+        cfg, found = config(path), []
+        cfg.data.valid_path = apart
+        for seed, held_out_seed in ((1234, 1234), (7, 1234), (7, None), (7, 7)):
+            cfg.seed, cfg.evaluation.seed = seed, held_out_seed
+            found.append([tokens(dataset, 5) for dataset in build(cfg)])
+        (train, valid), (other_train, same), (again, own), (_, also) = found
+        assert torch.equal(valid, same)
+        assert torch.equal(own, also)
+        assert torch.equal(other_train, again)
+        assert not torch.equal(train, other_train)
+        assert not torch.equal(valid, own)
+
+
 def test_two_builds_give_the_same_order(corpus: str, config: MakeConfig, tmp_path: Path) -> None:
     first, cached = build(config(corpus))[0], build(config(corpus))[0]
     elsewhere = config(corpus)
