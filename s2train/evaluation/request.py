@@ -15,7 +15,6 @@ from s2train.evaluation.windows import Window, cut
 from s2train.files import check_output
 from s2train.planning.checks import check_attention_backend
 from s2train.preparation.documents import documents_of
-from s2train.preparation.formats import FORMATS
 from s2train.preparation.inputs import files_named
 from s2train.validation.division import check_whole_models
 from s2train.validation.values import check_seed
@@ -104,8 +103,6 @@ def _files(cfg: EvaluateConfig) -> list[Path]:
         raise ConfigError("text", cfg.text, "names no files", "Set text=FILE, or text=[FILE,FILE]")
     files = [path for one in given for path in files_named(one, "text")]
     for path in files:
-        if not path.is_file():
-            raise ConfigError("text", path, "no such file", f"Give files that exist: {FORMATS}")
         if files.count(path) > 1:
             raise ConfigError("text", path, "is there twice", "Name each file once")
     for name in ("task_folder", "fewshot", "limit"):

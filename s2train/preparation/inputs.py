@@ -28,24 +28,22 @@ def find_sources(cfg: PrepareConfig) -> list[Source]:
     for name in names:
         is_bundled = name == BUNDLED
         chars = cfg.document_chars or (BUNDLED_DOCUMENT_CHARS if is_bundled else None)
-        for path in bundled_corpus_files() if is_bundled else files_named(name, "input"):
-            if not path.is_file():
-                raise ConfigError("input", path, "no such file", f"Give files that exist: {FORMATS}")
-            sources.append(Source.of(path, chars, "auto" if is_bundled else cfg.format))
+        paths = bundled_corpus_files() if is_bundled else files_named(name, "input")
+        sources += [Source.of(path, chars, "auto" if is_bundled else cfg.format) for path in paths]
     return sources
 
 
 def files_named(name: str, setting: str) -> list[Path]:
     """List the files of a name, with * for any characters.
 
-    A name without * may be of a file that doesn't exist.
-
     Raises:
-        ConfigError: on `setting`, no file matches.
+        ConfigError: on `setting`, there is no such file, or it is a folder.
     """
-    if "*" not in name:
-        return [Path(name)]
-    found = sorted(Path(path) for path in glob(name, recursive=True) if Path(path).is_file())
+    if Path(name).is_dir():
+        raise ConfigError(setting, name, "is a folder", f"Name its files, such as {Path(name) / '*.txt'}")
+    has_star = "*" in name
+    found = sorted(path for path in map(Path, glob(name, recursive=True) if has_star else [name]) if path.is_file())
     if not found:
-        raise ConfigError(setting, name, "no file matches", f"Give files that exist: {FORMATS}")
+        problem = "no file matches" if has_star else "no such file"
+        raise ConfigError(setting, name, problem, f"Give files that exist: {FORMATS}")
     return found

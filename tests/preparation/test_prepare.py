@@ -187,6 +187,7 @@ def test_a_failed_run_leaves_the_old_output_and_nothing_incomplete(tmp_path: Pat
     ("settings", "named"),
     [
         ({"input": "missing.txt"}, r"input=missing\.txt"),
+        ({"input": "folder"}, r"input=folder: is a folder\. Name its files, such as folder/\*\.txt"),
         ({"input": "empty.txt"}, r"input=empty\.txt: holds no text"),
         ({"input": []}, "input="),
         ({"input": 3}, "input=3"),
@@ -206,6 +207,7 @@ def test_a_setting_that_cannot_work_is_named(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").touch()
+    (tmp_path / "folder").mkdir()
     with pytest.raises(ConfigError, match=named):
         prepare(PrepareConfig(**({"input": "bundled", "output": "out/data"} | settings)))  # type: ignore[arg-type]
     assert not list(tmp_path.glob("out/*"))
