@@ -17,10 +17,18 @@ def find_sources(cfg: PrepareConfig) -> list[Source]:
     """Find the files that `cfg.input` names; `needles` names none.
 
     Raises:
-        ConfigError: the input names no files, or a file is missing or has an unsupported format.
+        ConfigError: the input names no files, or a file is missing or has an unsupported format; or `document_chars`
+            is set, and no file is plain text.
     """
-    if cfg.input == NEEDLES:
-        return []
+    sources = [] if cfg.input == NEEDLES else _sources(cfg)
+    if cfg.document_chars is not None and all(source.format.kind != "text" for source in sources):
+        problem = "cuts text files, and input names none"
+        remedy = "Leave it unset: a line or row is a document"
+        raise ConfigError("document_chars", cfg.document_chars, problem, remedy)
+    return sources
+
+
+def _sources(cfg: PrepareConfig) -> list[Source]:
     names = [cfg.input] if isinstance(cfg.input, str) else cfg.input
     if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) for name in names):
         raise ConfigError("input", cfg.input, "names no files", "Set input=[a.txt,b.jsonl], bundled or needles")

@@ -78,9 +78,8 @@ def measure(folder: Path, megabytes: int, vocabulary: int, workers: list[int]) -
         for count in workers:
             output = folder / f"out{len(found)}"
             started = time.perf_counter()
-            made = prepare(
-                PrepareConfig(str(files[name]), str(output), tokenizer, document_chars=10_000, workers=count)
-            )
+            chars = 10_000 if name.startswith(".txt") else None
+            made = prepare(PrepareConfig(str(files[name]), str(output), tokenizer, document_chars=chars, workers=count))
             seconds = time.perf_counter() - started
             label = "bytes" if tokenizer == "bytes" else f"bpe of {made.vocab_size}"
             record = {"format": name, "tokenizer": label, "workers": count, "tokens": made.tokens}

@@ -195,6 +195,8 @@ def test_a_failed_run_leaves_the_old_output_and_nothing_incomplete(tmp_path: Pat
         ({"tokenizer": "bpe:100"}, "tokenizer=bpe:100"),
         ({"tokenizer": "none.json"}, r"^tokenizer=none\.json"),
         ({"document_chars": 0}, "document_chars=0"),
+        ({"input": "rows.jsonl", "document_chars": 5}, "document_chars=5: cuts text files, and input names none"),
+        ({"input": "needles", "document_chars": 5}, "document_chars=5: cuts text files, and input names none"),
         ({"workers": 0}, "workers=0"),
         ({"input": "none*.txt"}, r"input=none\*\.txt: no file"),
         ({"seed": -1}, "seed=-1: is out of range"),
@@ -208,6 +210,7 @@ def test_a_setting_that_cannot_work_is_named(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").touch()
     (tmp_path / "folder").mkdir()
+    (tmp_path / "rows.jsonl").write_text('{"text": "a row"}\n')
     with pytest.raises(ConfigError, match=named):
         prepare(PrepareConfig(**({"input": "bundled", "output": "out/data"} | settings)))  # type: ignore[arg-type]
     assert not list(tmp_path.glob("out/*"))
