@@ -186,7 +186,7 @@ def load_shards(state: dict[str, Any], checkpoint: Path, setting: str = "checkpo
         return load_without_foreign_extra_state(state, checkpoint)
     except (Exception, CheckpointException) as error:  # a missing or truncated file raises many types
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        problem = f"its shards can't be loaded ({reason})"
+        problem = damage(checkpoint) or f"its shards can't be loaded ({reason})"
         raise ConfigError(setting, checkpoint, problem, remedy_for_damage(checkpoint, setting)) from error
 
 

@@ -14,7 +14,7 @@ import torch
 
 from s2train.checkpoints.folders import checkpoints_in
 from s2train.checkpoints.integrity import damage
-from tests.program import error_line, metrics, pretrain
+from tests.program import error_line, metrics, pretrain, run
 
 pytestmark = [pytest.mark.slow]
 
@@ -85,6 +85,13 @@ def test_whichever_file_is_damaged_the_remedy_resumes_training(run_dir: Path, na
     assert [line for line in done.out.splitlines() if line.startswith(f"{last}: its ")]
     assert metrics(run_dir)[-1]["step"] == 6
     assert folders(run_dir) == ["damaged_iter_0000005", "iter_0000004", "iter_0000006"]
+
+
+def test_a_program_that_only_reads_weights_names_the_shard_that_is_cut(run_dir: Path, tmp_path: Path) -> None:
+    DAMAGES["cut"](last_of(run_dir) / "__0_0.distcp")
+    line = error_line(run("export.py", f"checkpoint={run_dir}", f"output={tmp_path / 'out'}", processes=0))
+    assert line.startswith(f"error: checkpoint={last_of(run_dir)}: its shard __0_0.distcp is cut short")
+    assert line.endswith(f"checkpoint={run_dir}/checkpoints/iter_0000004")
 
 
 def test_if_the_only_checkpoint_is_damaged_the_remedy_starts_from_step_1(run_dir: Path) -> None:
