@@ -117,7 +117,10 @@ def find_checkpoint(where: str | Path, setting: str = "checkpoint") -> Path:
         return path
     found = checkpoints_in(path / "checkpoints") or checkpoints_in(path)
     if not found:
-        raise ConfigError(setting, where, "no checkpoint there", "Give a run folder or one of its checkpoints/iter_*")
+        remedy = "Give a run folder or one of its checkpoints/iter_*"
+        if any(path.glob("*.safetensors")):
+            remedy = f"Import it: python launch/import.py weights={where} output=…, and give that output"
+        raise ConfigError(setting, where, "no checkpoint there", remedy)
     return found[-1]
 
 

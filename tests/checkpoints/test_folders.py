@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from s2train.checkpoints.folders import find_checkpoint
 from s2train.checkpoints.resume import free_damaged_name
 from s2train.checkpoints.run_state import checkpoints_to_remove
+from s2train.errors import ConfigError
 from s2train.files import FolderLock
 
 
@@ -32,6 +34,12 @@ def test_a_damaged_checkpoint_is_renamed_to_a_free_name(tmp_path: Path) -> None:
         names.append(free_damaged_name(checkpoint).name)
         free_damaged_name(checkpoint).mkdir()
     assert names == ["damaged_iter_0000003", "damaged_iter_0000003.1", "damaged_iter_0000003.2"]
+
+
+def test_an_export_named_as_a_checkpoint_is_rejected_with_the_import_as_remedy(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ConfigError, match=rf"no checkpoint there\. Import it: .*weights={tmp_path} output="):
+        find_checkpoint(tmp_path)
 
 
 def attempt(path: Path, results: "multiprocessing.SimpleQueue[str]") -> None:
