@@ -269,7 +269,8 @@ def act(given: argparse.Namespace, variants: Sequence[str], settings: Sequence[s
         planned = sweep.GRID[0] if swept else recipe_of(folders, phase, recipe)
         phases = {phase.name} if given.phase else {name for name, one in PHASES.items() if one.model == phase.model}
         own = [run for run in RUNS if run.phase in phases]
-        print(", ".join(f"{name} {value:,}" for name, value in asdict(planned).items()))
+        note = " (the sweep has yet to choose lr, on which nothing below depends)" if swept else ""
+        print(", ".join(f"{name} {value:,}" for name, value in asdict(planned).items()) + note)
         Console(width=120).print(plan_table(folders, planned, len(devices), given.device, own))
     elif given.action == "speed":
         for run in runs:

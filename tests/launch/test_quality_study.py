@@ -107,6 +107,14 @@ def test_what_is_missing_is_named_in_one_error(
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize("recipe", [[], ["--lr", "1e-3", "--batch-tokens", "131072"]])
+def test_a_plan_says_whether_its_learning_rate_was_chosen(
+    study: dict[str, Any], recipe: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study["main"](["plan", "--phase", "64k", *recipe, "--root", str(tmp_path)])
+    assert ("the sweep has yet to choose lr" in capsys.readouterr().out) is (not recipe)
+
+
 def test_probing_an_untrained_run_names_the_command_that_trains_it(
     study: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
