@@ -110,8 +110,10 @@ def check_whole_models(tp: int, world_size: int) -> None:
         ConfigError: `tp` is below 1, or doesn't divide the number of processes.
     """
     if tp < 1 or world_size % tp:
-        remedy = f"Use a divisor of {world_size}, or start more processes with torchrun --nproc-per-node"
-        raise ConfigError("tp", tp, f"does not divide the {world_size} processes of this job", remedy)
+        divisors = _list([n for n in range(1, world_size + 1) if world_size % n == 0])
+        more = f", or start the program by launch/job.py --nproc-per-node {tp}" if tp > world_size else ""
+        problem = f"doesn't divide the job's number of processes, {world_size}"
+        raise ConfigError("tp", tp, problem, f"Set tp to {'one of ' * (world_size > 1)}{divisors}{more}")
 
 
 def _check_pipeline(cfg: PretrainConfig) -> None:
@@ -264,7 +266,7 @@ def _divides(setting: str, value: int, whole_name: str, whole: int, also: str = 
             setting,
             value,
             f"doesn't divide {whole_name}={whole}",
-            f"Set {setting} to one of {_list(near)}{alternative}.",
+            f"Set {setting} to {'one of ' * (len(near) > 1)}{_list(near)}{alternative}.",
         )
 
 

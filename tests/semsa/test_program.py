@@ -123,7 +123,7 @@ def test_what_cannot_be_profiled_is_rejected(folder: Path, monkeypatch: pytest.M
         ({"block_size": 128}, "block_size=128: sequences of 128 tokens have no two"),
         ({"samples": 0}, "samples=0: too small"),
         ({"samples": 3, "world_size": 2}, "samples=3: 2 data parallel ranks can't share"),
-        ({"tp": 3}, "tp=3: does not divide the 1 processes"),
+        ({"tp": 3}, "tp=3: doesn't divide .* processes, 1. Set tp to 1, or start .* --nproc-per-node 3"),
         ({"labels": "mine"}, "labels=mine: unknown"),
         ({"temperature": 0.0}, "temperature=0.0: must be above 0"),
         ({"precision": "fp8"}, "precision=fp8: unknown"),

@@ -74,6 +74,12 @@ DIVISION: dict[str, tuple[dict[str, Any], int, str, str]] = {
     "ffn by tp": ({"parallel__tp": 4, "model__ffn_hidden_size": 770}, 4, "parallel.tp", "ffn_hidden_size"),
     "hidden by heads": ({"model__hidden_size": 260}, 1, "model.num_attention_heads", "model.head_dim"),
     "heads by KV heads": ({"model__num_query_groups": 3}, 1, "model.num_query_groups", "2, 4"),
+    "KV heads of one head": (
+        {"model__num_attention_heads": 1},
+        1,
+        "model.num_query_groups",
+        "num_query_groups to 1, or",
+    ),
     "odd head": ({"model__head_dim": 33}, 1, "model.head_dim", "even"),
     "an odd number of dimensions that turn": ({"model__rotary_percent": 0.3}, 1, "model.rotary_percent", "0.25"),
     "more dimensions than there are turn": (
