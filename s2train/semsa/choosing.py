@@ -208,7 +208,7 @@ def _costs_table(choice: Choice) -> Table:
             f"{length:,}",
             f"{budget:g}",
             f"{density:.4f}",
-            *(f"{change[name]:+.4g}" for name in ("squared", "signed")),
+            *(f"{change[name]:+.3g}" for name in ("squared", "signed")),
             f"{change['mass'] / choice.solution.rules.size:.3f}",
             f"{(costs.forward_flops + costs.backward_flops) / _TERA:.3g}",
             *(f"{cache.nbytes(count, dim) / GIB:.3g}" for count in (cache.peak, cache.dense)),

@@ -1,6 +1,7 @@
 """The choice of each head's rule: a known right answer, budgets, constraints, files, and what is rejected."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,18 @@ def test_a_written_layout_is_what_was_chosen_and_says_what_it_misses(
     assert hybrid_layout(run).layers == build_layout(chosen.layout, profile).layers
     assert json.loads((tmp_path / "c.json").read_text())["heads"] == chosen.solution.rules.tolist()
     assert (tmp_path / "c.png").stat().st_size > 1000
+
+
+def test_small_changes_of_the_loss_stay_on_one_line(
+    profile: Profile, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replace(profile, rules=profile.rules / 12345).save(tmp_path / "p.npz")
+    choose_layout(settings(profile=str(tmp_path / "p.npz"), output=str(tmp_path / "c.yaml"), density=0.6))
+    lines = capsys.readouterr().out.splitlines()
+    (last,) = [number for number, line in enumerate(lines) if line.split()[:2] == ["256", "0.6"]]
+    assert len(lines[last].split()) == 11
+    assert re.search(r"e-0\d ", lines[last])
+    assert not lines[last + 1].strip()
 
 
 def test_a_saved_profile_is_read_as_it_was(profile: Profile, tmp_path: Path) -> None:
