@@ -9,6 +9,7 @@ Folder names are Megatron's. A folder `iter_*` was complete once: it is written 
 """
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from s2train.attention.hybrid import HybridLayout
-from s2train.checkpoints.integrity import CONFIG, PROGRESS, damage, known_problem, later_writer
+from s2train.checkpoints.integrity import CONFIG, PROGRESS, damage, known_problem, later_megatron, later_torch
 from s2train.checkpoints.masks import check_masks, mask_digests
 from s2train.checkpoints.optimizer_state_conversion import load_without_foreign_extra_state
+from s2train.checkpoints.shard_index import saved_entries
 from s2train.command_line.old_names import rename_saved
 from s2train.config import PretrainConfig
 from s2train.errors import ConfigError
@@ -178,33 +180,45 @@ def write_config(cfg: PretrainConfig, path: Path) -> None:
     OmegaConf.save(OmegaConf.create(asdict(cfg)), path)
 
 
-def load_shards(state: dict[str, Any], checkpoint: Path, setting: str = "checkpoint") -> dict[str, Any]:
+def load_shards(
+    state: dict[str, Any], checkpoint: Path, setting: str = "checkpoint", entries: Collection[str] | None = None
+) -> dict[str, Any]:
     """Load a sharded state dict through Megatron.
 
+    Args:
+        entries: what `readable_entries` returned; None: not called yet.
     Raises:
         ConfigError: the checkpoint's shards are damaged, or a later torch or megatron-core wrote them.
     """
-    check_writer(checkpoint, setting)
+    known = readable_entries(checkpoint, setting) if entries is None else entries
     try:
-        return load_without_foreign_extra_state(state, checkpoint)
+        return load_without_foreign_extra_state(state, checkpoint, known)
     except (Exception, CheckpointException) as error:  # a missing or truncated file raises many types
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         problem = damage(checkpoint) or f"its shards can't be loaded ({reason})"
         raise ConfigError(setting, checkpoint, problem, remedy_for_damage(checkpoint, setting)) from error
 
 
-def check_writer(checkpoint: Path, setting: str = "checkpoint") -> None:
-    """Reject a checkpoint that the installed torch or megatron-core can't read.
+def readable_entries(checkpoint: Path, setting: str = "checkpoint") -> set[str]:
+    """Return the names of a checkpoint's saved tensors and objects.
 
     Raises:
-        ConfigError: a later version wrote it.
+        ConfigError: the index is damaged, or the installed torch or megatron-core can't read what a later one wrote.
     """
-    if (problem := later_writer(checkpoint)) is not None:
+    try:
+        entries = saved_entries(checkpoint)
+        problem = later_megatron(checkpoint, entries)
+    except Exception as error:  # unpickling damaged bytes can raise any exception
+        if (problem := later_torch(error)) is None:
+            reason = f"its index .metadata can't be read ({type(error).__name__})"
+            raise ConfigError(setting, checkpoint, reason, remedy_for_damage(checkpoint, setting)) from error
+    if problem is not None:
         remedy = (
             "Install that version; or, for the weights alone, run launch/export.py with that version and"
             " launch/import.py with this one"
         )
         raise ConfigError(setting, checkpoint, problem, remedy)
+    return entries
 
 
 def remedy_for_damage(checkpoint: Path, setting: str = "checkpoint") -> str:

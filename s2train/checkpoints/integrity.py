@@ -5,7 +5,7 @@ import pickletools
 import traceback
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,7 +13,6 @@ import torch
 from omegaconf import OmegaConf
 from torch.distributed.checkpoint import FileSystemReader
 
-from s2train.checkpoints.shard_index import saved_entries
 from s2train.errors import first_line
 from s2train.kernels.versions import installed_version
 
@@ -27,7 +26,7 @@ def damage(checkpoint: Path) -> str | None:
     """Describe the damage of a checkpoint in torch's distributed format.
 
     Reads the small files and the shards' sizes: it detects a missing or truncated file, but not a flipped bit in a
-    shard. Returns None if it finds no damage, or if `later_writer` finds that this torch can't read the index.
+    shard. Returns None if it finds no damage, or if this torch can't read the index of a later one.
     """
     small: dict[str, Callable[[Path], None]] = {
         CONFIG: _check_yaml,
@@ -54,34 +53,37 @@ def damage(checkpoint: Path) -> str | None:
             if found < size:
                 return f"its shard {name} is cut short: {found:,} of {size:,} bytes"
     except Exception as error:  # unpickling damaged bytes can raise any exception
-        if _of_later_torch(error):
+        if later_torch(error):
             return None
         return f"its index .metadata can't be read ({type(error).__name__})"
     return None
 
 
-def later_writer(checkpoint: Path) -> str | None:
-    """Say which later library wrote a checkpoint that can't be read here.
+def later_megatron(checkpoint: Path, entries: Collection[str]) -> str | None:
+    """Say that a later megatron-core wrote a checkpoint, unreadable here.
 
-    Megatron-core 0.19 and later keep all state in shards; earlier ones look for `common.pt`. Torch 2.15 and later save
-    one property of tensors more, which earlier ones can't unpack. Returns None if it can be read, or is damaged.
+    Megatron-core 0.19 and later keep all state in shards; earlier ones look for `common.pt`.
+
+    Args:
+        entries: names of what is in the shards.
     """
-    try:
-        names = saved_entries(checkpoint)
-    except Exception as error:  # damaged: unpickling can raise any exception
-        return f"a later torch wrote it, which {torch.__version__} here can't read" if _of_later_torch(error) else None
     installed = installed_version("megatron-core")
     if installed is None or tuple(map(int, installed.split(".")[:2])) >= (0, 19) or (checkpoint / COMMON).exists():
         return None
-    if not any(name.startswith(_COMMON_IN_SHARDS) for name in names):
+    if not any(name.startswith(_COMMON_IN_SHARDS) for name in entries):
         return None
     return f"megatron-core 0.19 or later wrote it, which {installed} here can't read"
 
 
-def _of_later_torch(error: Exception) -> bool:
-    """Return whether an index has tensor properties unknown to this torch."""
+def later_torch(error: Exception) -> str | None:
+    """Say that an error of reading an index is due to a later torch.
+
+    Torch 2.15 and later save one property of tensors more, which earlier ones can't unpack.
+    """
     unpacking = traceback.extract_tb(error.__traceback__)[-1]
-    return isinstance(error, ValueError) and "too many values" in str(error) and unpacking.name == "__setstate__"
+    if isinstance(error, ValueError) and "too many values" in str(error) and unpacking.name == "__setstate__":
+        return f"a later torch wrote it, which {torch.__version__} here can't read"
+    return None
 
 
 def _damage_of(file: Path, check: Callable[[Path], None]) -> str | None:

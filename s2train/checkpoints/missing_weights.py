@@ -1,21 +1,22 @@
 """Loads checkpoints that lack weights of the model's kinds of attention."""
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 
-from s2train.checkpoints.shard_index import saved_entries
 from s2train.megatron.core_attention import CausalCoreAttention
 from s2train.megatron.model import unwrap
 
 
-def leave_out_missing(wanted: dict[str, Any], chunks: Sequence[Any], checkpoint: Path) -> dict[str, dict[str, Any]]:
+def leave_out_missing(
+    wanted: dict[str, Any], chunks: Sequence[Any], entries: Collection[str]
+) -> dict[str, dict[str, Any]]:
     """Remove wanted shards that the checkpoint lacks, and may lack.
 
     Args:
         wanted: sharded state of each chunk, by its name, in the chunks' order; changed in place.
+        entries: names of the checkpoint's tensors and objects.
     Returns:
         for each chunk its initial values of the weights left out, by name.
     """
@@ -26,7 +27,7 @@ def leave_out_missing(wanted: dict[str, Any], chunks: Sequence[Any], checkpoint:
     }
     if not any(core.own_weights for of_chunk in cores.values() for _, core in of_chunk):
         return found
-    keys = {name.split("/shard_")[0] for name in saved_entries(checkpoint)}
+    keys = {name.split("/shard_")[0] for name in entries}
     for name, of_chunk in cores.items():
         for path, core in of_chunk:
             for weight in core.own_weights:

@@ -5,6 +5,7 @@ things differ: extra state, which only transformer-engine's norms have, and the 
 of these, `fused`, chooses among torch's kernels and depends on the device.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,18 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer import MegatronOptimizer
 
-from s2train.checkpoints.shard_index import saved_entries
 from s2train.megatron.optimizer_state import optimizer_parts
 
 _SUFFIX = "_extra_state"
 
 
-def load_without_foreign_extra_state(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+def load_without_foreign_extra_state(state: dict[str, Any], checkpoint: Path, known: Collection[str]) -> dict[str, Any]:
     """Load a sharded state dict through Megatron.
 
     Extra state missing from the checkpoint becomes None. The FP8 recipes that s2train supports store nothing in it.
+
+    Args:
+        known: names of the checkpoint's tensors and objects.
     """
     wanted = [
         (section, name, value.unique_key)
@@ -31,10 +34,7 @@ def load_without_foreign_extra_state(state: dict[str, Any], checkpoint: Path) ->
         for name, value in values.items()
         if isinstance(value, ShardedObject) and str(name).endswith(_SUFFIX)
     ]
-    foreign: list[tuple[str, str]] = []
-    if wanted:
-        known = saved_entries(checkpoint)
-        foreign = [(section, name) for section, name, key in wanted if key not in known]
+    foreign = [(section, name) for section, name, key in wanted if key not in known]
     dropped = set(foreign)
     kept = {
         section: (

@@ -20,12 +20,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from s2train.checkpoints.async_writers import start_results_manager
 from s2train.checkpoints.folders import (
     Progress,
-    check_writer,
     checkpoints_in,
     folder_name,
     is_own,
     load_shards,
     own_checkpoints,
+    readable_entries,
     sharding_metadata,
     step_of,
     write_config,
@@ -231,19 +231,19 @@ def load(cfg: PretrainConfig, state: TrainingState, checkpoint: Path, rng_ranks:
     Raises:
         ConfigError: the checkpoint is damaged, or holds shifted fp32 weights.
     """
-    check_writer(checkpoint, "checkpoint.resume")
+    entries = readable_entries(checkpoint, "checkpoint.resume")
     weights_only = loads_weights_alone(cfg, checkpoint)
     initial: dict[str, dict[str, Any]] = {}
     if weights_only:
         wanted = _sharded_model(state, sharding_metadata())
-        initial = leave_out_missing(wanted, state.chunks, checkpoint)
+        initial = leave_out_missing(wanted, state.chunks, entries)
     else:
         wanted = sharded_state(state, sharding_metadata(), is_loading=True)
     if has_rng := rng_ranks == current_rng_ranks():
         wanted["rng"] = sharded_rng()
     is_in_run_dir = is_own(checkpoint, cfg.run_dir)
     try:
-        loaded = load_shards(wanted, checkpoint, "checkpoint.resume")
+        loaded = load_shards(wanted, checkpoint, "checkpoint.resume", entries)
     except ConfigError as error:
         if is_in_run_dir:  # lets the next run start from an earlier checkpoint
             record_failed_load(checkpoint, error.problem)

@@ -36,3 +36,7 @@ def test_states_that_an_earlier_version_saved_shifted_are_rejected(ranks: list[d
         assert rank["errors"][precision] == ""
         assert "its fp32 weights are not those of its model" in rank["errors"][f"{precision} shifted"]
         assert "checkpoint.weights_only=true" in rank["errors"][f"{precision} shifted"]
+
+
+def test_a_rank_reads_the_checkpoints_index_once_before_megatron_does(ranks: list[dict[str, Any]]) -> None:
+    assert [set(rank["index_reads"].values()) for rank in ranks] == [{1}, {1}]

@@ -13,7 +13,9 @@ from unittest import mock
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch.distributed.checkpoint import FileSystemReader
 
+from s2train.checkpoints import shard_index
 from s2train.checkpoints.folders import Progress, sharding_metadata
 from s2train.checkpoints.run_state import Saver, TrainingState, load, sharded_state
 from s2train.config import PretrainConfig
@@ -65,8 +67,8 @@ def saved_elsewhere(state: TrainingState) -> list[int]:
     return found
 
 
-def resumed(cfg: PretrainConfig, state: TrainingState, *, as_megatron_saves: bool) -> str:
-    """Take a step, save, and load what was saved; returns the error, if any."""
+def resumed(cfg: PretrainConfig, state: TrainingState, *, as_megatron_saves: bool) -> tuple[str, int]:
+    """Take a step, save, and load what was saved; returns the error, if any, and how often it read the index."""
     (part,) = distributed_parts(state.optimizer)
     for parameter in state.chunks[0].parameters():
         parameter.main_grad.normal_()
@@ -77,11 +79,13 @@ def resumed(cfg: PretrainConfig, state: TrainingState, *, as_megatron_saves: boo
             name = "sharded_param_state_fully_reshardable"
             stack.enter_context(mock.patch.object(part, name, partial(getattr(DistributedOptimizer, name), part)))
         saved = Saver(cfg, state, lambda step, path: None).save(Progress(1, 8, {}, None))
-    try:
-        load(cfg, state, saved, None)
-    except ConfigError as error:
-        return str(error)
-    return ""
+    problem = ""
+    with mock.patch.object(shard_index, "FileSystemReader", wraps=FileSystemReader) as reader:
+        try:
+            load(cfg, state, saved, None)
+        except ConfigError as error:
+            problem = str(error)
+    return problem, reader.call_count
 
 
 def main() -> None:
@@ -98,7 +102,7 @@ def main() -> None:
     state = TrainingState(chunks, optimizer, scheduler)
     wanted = sharded_state(state, sharding_metadata(), is_loading=True)["optimizer"]["param_state"]
     kept = sum(parameter.numel() for group in part.optimizer.param_groups for parameter in group["params"])
-    errors = {}
+    errors, reads = {}, {}
     for precision in ("bf16", "fp32"):
         for as_megatron_saves in (False, True):
             name = f"{precision}{' shifted' if as_megatron_saves else ''}"
@@ -107,7 +111,7 @@ def main() -> None:
                 run_dir=f"{sys.argv[1]}/{name.replace(' ', '-')}",
                 train=replace(cfg.train, precision=precision),
             )
-            errors[name] = resumed(own, padded_state(own, device), as_megatron_saves=as_megatron_saves)
+            errors[name], reads[name] = resumed(own, padded_state(own, device), as_megatron_saves=as_megatron_saves)
     mine = {
         "asked": sum(value.data.numel() for value in nested_values(wanted)),
         "largest": max(parameter.numel() for parameter in models[0].parameters()),
@@ -115,6 +119,7 @@ def main() -> None:
         "parameters": sum(parameter.numel() for parameter in models[0].parameters()),
         "saved_elsewhere": saved_elsewhere(padded_state(cfg, device)),
         "errors": errors,
+        "index_reads": reads,
         "is_copied": moments != [state["exp_avg"].data_ptr() for state in part.optimizer.state.values()],
     }
     ranks: list[object] = [None] * torch.distributed.get_world_size()
