@@ -13,6 +13,7 @@ python launch/quality_study.py report                  tables, pictures and verd
 Run an action again to resume it where it stopped, as it does when --minutes are over. Runs whose result is in
 ROOT/results are not trained again. Settings, such as tracking.wandb=auto, go to the program that an action starts:
 make_corpus.py (data), pretrain.py (sweep, speed, train), probes.py or needle.py (evaluate).
+`data` keeps a corpus that is there, and rejects settings that it was not made with.
 """
 
 import argparse
@@ -29,9 +30,11 @@ from rich.console import Console
 
 from s2train.checkpoints.integrity import damage
 from s2train.command_line.program import run_command
+from s2train.config import CorpusConfig, PretrainConfig
 from s2train.errors import ConfigError
 from s2train.planning import compose_run
 from s2train.study import speed, sweep
+from s2train.study.corpus import check_made_with
 from s2train.study.files import Folders, check_corpus, check_data, check_held_out, check_same_split, record_split
 from s2train.study.needles import needle_command, save_needles
 from s2train.study.plan import plan_table
@@ -71,8 +74,13 @@ def make_documents(folders: Folders, run: Run, recipe: Recipe, deadline: Deadlin
 
 
 def make_data(folders: Folders, tree: Path | None, settings: Sequence[str], deadline: Deadline) -> None:
-    """Make the corpus if there is none, and tokenize what is not."""
+    """Make the corpus if there is none, and tokenize what is not.
+
+    Raises:
+        ConfigError: there is a corpus of another tree or settings, or none and no tree.
+    """
     if folders.held_out_text.is_file():
+        check_made_with(folders, tree, settings)
         print(f"there is a corpus, {folders.corpus}")
     elif tree is not None:
         deadline.run([*corpus_command(folders, tree), *settings])
@@ -245,7 +253,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"{given.action} takes no --shared-gpu")
     if (given.lr is None) != (given.batch_tokens is None):
         parser.error("--lr and --batch-tokens belong together")
-    run_command(lambda: act(given, variants, settings))
+    schema = CorpusConfig if given.action == "data" else PretrainConfig
+    run_command(lambda: act(given, variants, settings), schema)
 
 
 def act(given: argparse.Namespace, variants: Sequence[str], settings: Sequence[str]) -> None:

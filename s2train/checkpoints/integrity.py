@@ -76,7 +76,7 @@ def later_megatron(checkpoint: Path, entries: Collection[str]) -> str | None:
 
 
 def later_torch(error: Exception) -> str | None:
-    """Say that an error of reading an index is due to a later torch.
+    """Say whether a later torch wrote an index that failed to load.
 
     Torch 2.15 and later save one property of tensors more, which earlier ones can't unpack.
     """

@@ -84,11 +84,14 @@ def run_hydra(
         os.environ.pop("HYDRA_FULL_ERROR", None)
 
 
-def run_command(command: Callable[[], None]) -> None:
+def run_command(command: Callable[[], None], schema: type | None = None) -> None:
     """Run a program; report errors in one line and an exit status.
 
     Bad input exits with status 2 and one line on rank 0's stderr, a failed run with 1. A run stopped by a signal exits
     with EXIT_REQUEUE, or with 128 + the signal's number if it saved nothing. Ctrl-C exits with INTERRUPTED_STATUS.
+
+    Args:
+        schema: the dataclass of settings that the program composes; None: a training run's.
     """
     try:
         command()
@@ -111,7 +114,7 @@ def run_command(command: Callable[[], None]) -> None:
         from s2train.config import PretrainConfig
 
         settings = [word for word in sys.argv[1:] if _SETTING.match(word)]
-        _reject(explain(error, settings, config_groups(CONF), PretrainConfig))
+        _reject(explain(error, settings, config_groups(CONF), schema or PretrainConfig))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

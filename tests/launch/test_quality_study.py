@@ -15,6 +15,7 @@ from s2train.checkpoints.folders import write_config
 from s2train.data.indexed import Metadata
 from s2train.data.tokenizers import fingerprint
 from s2train.errors import ConfigError
+from s2train.files import write_json
 from s2train.planning import compose_run
 from s2train.study import settings, sweep
 from s2train.study.files import Folders
@@ -113,6 +114,50 @@ def test_a_plan_says_whether_its_learning_rate_was_chosen(
 ) -> None:
     study["main"](["plan", "--phase", "64k", *recipe, "--root", str(tmp_path)])
     assert ("the sweep has yet to choose lr" in capsys.readouterr().out) is (not recipe)
+
+
+@pytest.fixture
+def with_corpus(tmp_path: Path) -> Path:
+    """A root whose corpus holds out b of a tree."""
+    for split in ("train", "held-out"):
+        write_json(tmp_path / "corpus" / f"{split}.jsonl", {"text": "a"})
+    made = {"tree": "tree", "held_out": ["b"], "depth": 1, "workers": 8}
+    write_json(tmp_path / "corpus" / "corpus.json", {"settings": made})
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["held_out=[a]"], "held_out=[a]: {root}/corpus was made with held_out=[b]. Leave it out"),
+        (["--tree", "tree", "depth=2"], "depth=2: {root}/corpus was made with depth=1"),
+        (["--tree", "another"], "--tree=another: {root}/corpus was made of tree"),
+        (["overwrite=true"], "delete {root}/corpus and {root}/data"),
+        (["held_uot=[a]"], "Did you mean held_out?"),
+    ],
+)
+def test_settings_that_the_corpus_was_not_made_with_are_rejected(
+    study: dict[str, Any],
+    arguments: list[str],
+    words: str,
+    with_corpus: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["data", *arguments, "--root", str(with_corpus)]
+    monkeypatch.setattr("sys.argv", ["quality_study.py", *command])
+    with pytest.raises(SystemExit):
+        study["main"](command)
+    assert words.format(root=with_corpus) in capsys.readouterr().err
+
+
+def test_the_settings_of_the_corpus_may_be_given_again(
+    study: dict[str, Any], with_corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = list[str]()
+    monkeypatch.setattr(study["Deadline"], "run", lambda self, command: started.append(Path(command[0]).name))
+    study["main"](["data", "--tree", "tree", "held_out=[b]", "workers=2", "--root", str(with_corpus)])
+    assert started == ["prepare_data.py"] * 2
 
 
 def test_probing_an_untrained_run_names_the_command_that_trains_it(
