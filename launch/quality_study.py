@@ -55,6 +55,7 @@ from s2train.sweeps.jobs import changed_setting
 
 ACTIONS = ("data", "sweep", "speed", "plan", "train", "evaluate", "report")
 OF_VARIANTS = ("speed", "train", "evaluate")
+SET_BY_STUDY = ("checkpoint", "output", "task")  # in `evaluate`
 
 
 def make_documents(folders: Folders, run: Run, recipe: Recipe, deadline: Deadline) -> None:
@@ -208,7 +209,16 @@ def evaluate(folders: Folders, run: Run, settings: Sequence[str], deadline: Dead
     """Probe a trained run that was not probed.
 
     After a phase of needle documents, ask it for needles.
+
+    Raises:
+        ConfigError: the run is not trained, or a setting is the study's.
     """
+    for name, _, value in (setting.partition("=") for setting in settings):
+        if name.lstrip("+") in SET_BY_STUDY:
+            # Another task or folder would join cells of an earlier evaluation, with other settings, to the result.
+            problem = "the study sets it, and reads the results from there"
+            remedy = "Leave it out; for other tasks or checkpoints run launch/needle.py or launch/probes.py"
+            raise ConfigError(name, value, problem, remedy)
     needles = PHASES[run.phase].needles
     found = folders.needles(run) if needles else folders.probes(run)
     if found.is_file():

@@ -170,6 +170,16 @@ def test_probing_an_untrained_run_names_the_command_that_trains_it(
     assert f"train hybrid --phase 16k-40m --seed 2 --root {tmp_path}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("setting", ["task=[single]", "output=elsewhere", "checkpoint=another"])
+def test_an_evaluation_takes_no_tasks_or_folders_whose_earlier_cells_would_join_the_result(
+    study: dict[str, Any], setting: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_json(Folders(tmp_path, ROOT / "launch").result(Run("hybrid", "16k-needles")), {})
+    with pytest.raises(SystemExit):
+        study["main"](["evaluate", "hybrid", "--phase", "16k-needles", setting, "--root", str(tmp_path)])
+    assert f"error: {setting}: the study sets it" in capsys.readouterr().err
+
+
 def test_a_run_whose_start_had_another_batch_is_not_called_untrained(
     study: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
