@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from s2train.needles.scores import Score
 from s2train.study.comparison import Group
-from s2train.study.tables import spread, table
+from s2train.study.tables import recipes, spread, table
 from s2train.study.variants import PHASES
 
 
@@ -20,12 +20,14 @@ def needle_section(name: str, own: Sequence[Group]) -> str:
         rows.append(
             [group.variant, str(len(group.results)), f"{group.results[0].density:.4f}", *cells, spread(group.losses)]
         )
+    said = recipes((result.recipe for group in own for result in group.results), phase.lr_factor)
     return "\n".join(
         [
             f"## {phase.title}\n",
             f"The weights of phase {phase.after}, trained for {phase.tokens / 1e6:,.0f}M tokens on documents full of",
-            "needles. Exact answers to held-out needles at eleven depths [95 % interval]. The held-out loss is that on",
-            "the corpus, of which these documents have nothing.\n",
+            f"needles; {said}.",
+            "Exact answers to held-out needles at eleven depths [95 % interval].",
+            "The held-out loss is that on the corpus, of which these documents have nothing.\n",
             table(heads, rows),
         ]
     )

@@ -12,7 +12,7 @@ from s2train.study.needle_table import needle_section
 from s2train.study.picture import draw_by_position
 from s2train.study.results import read_results
 from s2train.study.speed_picture import draw_by_speed, with_speed
-from s2train.study.tables import UNKNOWN, spread, table
+from s2train.study.tables import UNKNOWN, recipes, spread, table
 from s2train.study.variants import PHASES, RUNS
 
 NAME = "quality"  # of report and pictures
@@ -106,8 +106,7 @@ def _phase(name: str, own: Sequence[Group]) -> str:
     ]  # fmt: skip
     rows = [_row(group, baseline, seconds, lengths, distances) for group in own]
     heads_by_position, positions = _by_position(own)
-    recipes = {result.recipe for group in own for result in group.results}
-    said = "; ".join(f"learning rate {one.lr:g}, {one.batch_tokens:,} tokens a step" for one in recipes)
+    said = recipes((result.recipe for group in own for result in group.results), phase.lr_factor)
     is_shared = any(result.shared_gpu for group in own for result in group.results)
     shared = [
         "GPU time, tokens/s and MFU of runs that shared their GPU are those of first steps that had one alone;",

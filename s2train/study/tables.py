@@ -1,7 +1,9 @@
 """Formats the cells and tables of the study's report."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import mean
+
+from s2train.study.settings import Recipe
 
 UNKNOWN = "–"  # a cell of what was not measured
 
@@ -16,6 +18,16 @@ def spread(values: Sequence[float], sign: str = "") -> str:
         return UNKNOWN
     middle, low, high = (f"{value:{sign}.4f}" for value in (mean(values), min(values), max(values)))
     return middle if len(values) == 1 else f"{middle} [{low}, {high}]"
+
+
+def recipes(made_by: Iterable[Recipe], lr_factor: float) -> str:
+    """Name the learning rates and batches of runs.
+
+    Args:
+        lr_factor: of their phase.
+    """
+    found = sorted({(one.lr * lr_factor, one.batch_tokens) for one in made_by})
+    return "; ".join(f"learning rate {lr:g}, {batch_tokens:,} tokens a step" for lr, batch_tokens in found)
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -82,6 +82,7 @@ def test_needles_of_seeds_are_counted_together_and_drawn_nowhere(folders: Folder
     [text] = write_report(folders)
     report = text.read_text()
     assert "single at 4,096" in report
+    assert "trained for 20M tokens on documents full of\nneedles; learning rate 0.0005, 100 tokens a step." in report
     assert cells(report, "dense") == ["dense", "2", "0.5000", "40% [26%, 55%]", "2.0000 [2.0000, 2.0000]"]
     assert "![" not in report
 
