@@ -147,16 +147,19 @@ def hold_signals_while_ranks_start() -> None:
     """Raise a signal that arrives while ranks start once all have started.
 
     Torchrun stores its ranks after it has started the last: it would neither forward the signal to the others nor end
-    them.
+    them. A second Ctrl-C kills those that have started, and ends the job at once.
     """
     start, handle = LocalElasticAgent._start_workers, processes._terminate_process_handler
     is_starting, held = False, list[int]()
 
     def hold(number: int, frame: FrameType | None) -> None:
-        if is_starting:
+        if is_starting and number == signal.SIGINT and number in held:
+            held.clear()
+            kill_ranks(number, frame)
+        elif is_starting:
             held.append(number)
-        else:
-            handle(number, frame)
+            return
+        handle(number, frame)
 
     def start_whole(self: LocalElasticAgent, group: WorkerGroup) -> dict[int, Any]:
         nonlocal is_starting

@@ -85,7 +85,7 @@ def test_a_run_that_diverges_ends_once(tmp_path: Path) -> None:
     assert done.out.count("new run in") == 1
 
 
-# Sends a signal to launch/job.py between the starts of two ranks.
+# Sends signals to launch/job.py between the starts of two ranks.
 INTERRUPTS = """
 import os, runpy, signal, sys
 from pathlib import Path
@@ -96,7 +96,8 @@ def start_and_interrupt(self, arguments, environment):
     rank = start(self, arguments, environment)
     wait_for(Path(sys.argv[-1], "ready" + environment["RANK"]).exists, "the rank to listen")
     if environment["RANK"] == "0":
-        os.kill(os.getpid(), signal.SIGUSR1)
+        for name in os.environ["S2TRAIN_TEST_SIGNALS"].split(","):
+            os.kill(os.getpid(), getattr(signal, name))
     return rank
 SubprocessHandler._popen = start_and_interrupt
 sys.path[0] = "launch"
@@ -104,12 +105,24 @@ runpy.run_path("launch/job.py", run_name="__main__")
 """
 
 
+def interrupted(folder: Path, signals: str) -> Outcome:
+    (folder / "interrupts.py").write_text(INTERRUPTS)
+    command = ["--standalone", "--nproc-per-node", "2", "tests/launch/saves_when_asked.py", str(folder)]
+    environment = {"PET_SHUTDOWN_TIMEOUT": "5", "S2TRAIN_TEST_SIGNALS": signals}
+    return launch(str(folder / "interrupts.py"), *command, **environment)
+
+
 def test_a_signal_that_arrives_while_ranks_start_reaches_all_of_them(tmp_path: Path) -> None:
-    (tmp_path / "interrupts.py").write_text(INTERRUPTS)
-    command = ["--standalone", "--nproc-per-node", "2", "tests/launch/saves_when_asked.py", str(tmp_path)]
-    done = launch(str(tmp_path / "interrupts.py"), *command, PET_SHUTDOWN_TIMEOUT="5")
+    done = interrupted(tmp_path, "SIGUSR1")
     assert done.status == EXIT_REQUEUE, done.err
     assert sorted(path.name for path in tmp_path.glob("saved*")) == ["saved0", "saved1"]
+
+
+def test_a_second_ctrl_c_while_ranks_start_ends_the_job_at_once(tmp_path: Path) -> None:
+    done = interrupted(tmp_path, "SIGINT,SIGINT")
+    assert done.status == 128 + signal.SIGINT, done.err
+    assert done.err.splitlines()[-1] == "error: SIGINT: the ranks exited without saving"
+    assert sorted(path.name for path in tmp_path.glob("ready*")) == ["ready0"]  # no rank was started after it
 
 
 # Ends a while after a signal, as a long save does: longer than torch before 2.13 lets it.
