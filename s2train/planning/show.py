@@ -23,7 +23,7 @@ from s2train.pictures import choose_layers, draw_layout
 from s2train.pictures.style import tokens
 from s2train.planning.checks import check_blocks, hybrid_layout
 from s2train.validation.attention_kinds import require_feature
-from s2train.validation.values import check_values
+from s2train.validation.values import check_sequence, check_values
 
 _TERA = 1e12
 _COLUMNS = 120  # width of the tables, whatever the terminal's: in narrower ones, rich silently truncates digits
@@ -40,6 +40,7 @@ def show(cfg: ShowLayoutConfig) -> None:
     if cfg.seq_length is not None:
         if cfg.seq_length < 1:
             raise ConfigError("seq_length", cfg.seq_length, "there are no tokens", "Set seq_length to 1 or more.")
+        check_sequence("seq_length", cfg.seq_length, cfg.layout.block_size)
         cfg.train.seq_length = cfg.seq_length
     check_values(cfg)
     hybrid, seq_length, folder = hybrid_layout(cfg), cfg.train.seq_length, Path(cfg.output)

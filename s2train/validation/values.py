@@ -71,6 +71,9 @@ _NOT_NEGATIVE: dict[str, tuple[str, ...]] = {
     "optim": ("min_lr_ratio", "min_lr", "weight_decay", "clip_grad", "warmup_steps", "trunk_warmup_steps"),
     "evaluation": ("interval",),
 }
+# Each layer, head and block is an object or an entry of a table in plans and layouts: a slip of ten digits takes hours.
+_MOST = {"model.num_layers": 4096, "model.num_attention_heads": 4096}
+_MOST_BLOCKS = 1 << 17
 _LARGEST_SEED = 2**32 - 1  # NumPy's, which Megatron shuffles with
 _LONGEST_TAG = 64  # wandb's limit
 
@@ -130,6 +133,21 @@ def _check_ranges(cfg: PretrainConfig) -> None:
         value = _get(cfg, setting)
         if value is not None and value < 0:
             raise ConfigError(setting, value, "must not be negative", f"Set {setting} to 0 or more.")
+    for setting, most in _MOST.items():
+        if (value := _get(cfg, setting)) > most:
+            raise ConfigError(setting, value, "is larger than any layout that s2train builds", f"Set {most:,} or less.")
+    check_sequence("train.seq_length", cfg.train.seq_length, cfg.layout.block_size)
+
+
+def check_sequence(setting: str, tokens: int, block_size: int) -> None:
+    """Check that a sequence is short enough for a layout.
+
+    Raises:
+        ConfigError: on `setting`, if it is.
+    """
+    if tokens > (most := _MOST_BLOCKS * block_size):
+        problem = f"is more than {_MOST_BLOCKS:,} blocks of layout.block_size={block_size}"
+        raise ConfigError(setting, tokens, problem, f"Set {most} or less, or a larger layout.block_size.")
 
 
 def _check_optimizer(cfg: PretrainConfig) -> None:

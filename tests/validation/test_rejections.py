@@ -226,6 +226,20 @@ def test_a_value_out_of_its_range_is_rejected(name: str) -> None:
     assert remedy in error.remedy
 
 
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("train__seq_length", "Set 8388608 or less, or a larger layout.block_size"),
+        ("model__num_layers", "Set 4,096 or less"),
+        ("model__num_attention_heads", "Set 4,096 or less"),
+    ],
+)
+def test_a_size_for_which_a_layout_would_take_hours_is_rejected(name: str, remedy: str) -> None:
+    error = rejection(GPU, **{name: 1234567890})
+    assert error.setting == name.replace("__", ".")
+    assert remedy in error.remedy
+
+
 def test_a_stop_after_the_end_of_the_run_is_rejected() -> None:
     with pytest.raises(ConfigError, match=r"train\.exit_step=1001: .*train\.steps=1000"):
         check(config(train__exit_step=1001), 1, GPU)
