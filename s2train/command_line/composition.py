@@ -130,13 +130,21 @@ def expand_shorthand(arguments: Sequence[str], schema: type) -> list[str]:
     return [_SPLIT.sub(r'\1"\2"', argument) for argument in arguments]
 
 
-def explain(error: HydraException, overrides: Sequence[str], groups: Mapping[str, Sequence[str]], schema: type) -> str:
+def explain(
+    error: HydraException,
+    overrides: Sequence[str],
+    groups: Mapping[str, Sequence[str]],
+    schema: type,
+    *,
+    runs_sweeps: bool = True,
+) -> str:
     """Explain a composition error in one line, with the nearest valid name.
 
     Args:
         overrides: the command line's, such as ``layout.pattern.stride=16``.
         groups: names by configuration group.
         schema: the dataclass of the program's settings.
+        runs_sweeps: whether the program takes -m.
     """
     if divided := _divided_braces(overrides):
         return str(divided)
@@ -147,7 +155,7 @@ def explain(error: HydraException, overrides: Sequence[str], groups: Mapping[str
         fault = _name_error(parser.parse_override(text), groups, schema)
         if fault is not None:
             return str(fault)
-    return _shorten_message(error, overrides, groups, schema)
+    return _shorten_message(error, overrides, groups, schema, runs_sweeps)
 
 
 def check_names(cfg: DictConfig) -> None:
@@ -221,7 +229,11 @@ def _divided_braces(overrides: Sequence[str]) -> ConfigError | None:
 
 
 def _shorten_message(
-    error: HydraException, overrides: Sequence[str], groups: Mapping[str, Sequence[str]], schema: type
+    error: HydraException,
+    overrides: Sequence[str],
+    groups: Mapping[str, Sequence[str]],
+    schema: type,
+    runs_sweeps: bool,
 ) -> str:
     """Shorten Hydra's and OmegaConf's messages, and add a remedy for common mistakes."""
     message = str(error).splitlines()
@@ -245,9 +257,13 @@ def _shorten_message(
         if message[0] == f"Could not append to config. An item is already at '{key}'.":
             return str(ConfigError(f"+{key}", value, "has a value already", f"Write {key}={value} to change it."))
         if message[0] == f"Ambiguous value for argument '{text}'":
-            return str(_ambiguous(key, value, None if key in groups else type_of(key, schema)))
+            return str(_ambiguous(key, value, None if key in groups else type_of(key, schema), runs_sweeps))
         if message[0] == f"Sweep parameters '{text}' requires --multirun":
-            return str(ConfigError(key, value, "a sweep", "Write one value, or add -m to run them all."))
+            return str(
+                ConfigError(
+                    key, value, "a sweep", f"Write one value{', or add -m to run them all' if runs_sweeps else ''}."
+                )
+            )
         if message[0].endswith("INTERVAL_SWEEP") and "interval(" in value:
             remedy = f"List values, such as {key}=A,B, or use hydra/sweeper=optuna."
             return str(ConfigError(key, value, "an interval, which only optuna draws from", remedy))
@@ -266,13 +282,15 @@ def _shorten_message(
     return ": ".join(line.strip() for line in (*message[:1], cause) if line)
 
 
-def _ambiguous(key: str, value: str, kind: Any) -> ConfigError:
+def _ambiguous(key: str, value: str, kind: Any, runs_sweeps: bool) -> ConfigError:
     """Make the error for several values of a setting.
 
     Args:
         kind: the setting's type; None: a configuration group.
     """
     if kind is Any or str(kind).startswith("list["):
-        return ConfigError(key, value, "ambiguous: a list or a sweep", f"Write '{key}=[{value}]', or -m for a sweep.")
-    remedy = f"Name one of them, such as {key}={value.partition(',')[0]}, or add -m for a sweep."
+        remedy = f"Write '{key}=[{value}]'{', or -m for a sweep' if runs_sweeps else ''}."
+        return ConfigError(key, value, "ambiguous: a list or a sweep", remedy)
+    sweep = ", or add -m for a sweep" if runs_sweeps else ""
+    remedy = f"Name one of them, such as {key}={value.partition(',')[0]}{sweep}."
     return ConfigError(key, value, f"ambiguous: names several {'files' if kind is None else 'values'}", remedy)

@@ -48,7 +48,7 @@ def _check_name(setting: str, value: str, override: Override, there: Sequence[st
     """Check that a value is a name, or a sweep of names."""
     key, names = setting.lstrip("+"), values_of(override)
     if key != _MERGED and isinstance(override.value(), list) and len(names) > 1:
-        remedy = f"Write one, or run each: -m {setting}={','.join(map(str, names))}"
+        remedy = f"Write one, or have launch/pretrain.py run each: -m {setting}={','.join(map(str, names))}"
         raise ConfigError(setting, value, "would merge several files", remedy)
     if any(name is None or isinstance(name, int | float | RangeSweep) for name in names or [None]):
         plus = "+" if setting != key or key == "model" else ""  # `model` has no default

@@ -27,6 +27,7 @@ from s2train.command_line.composition import (
 )
 from s2train.command_line.messages import prints_messages
 from s2train.command_line.old_names import with_current_names
+from s2train.command_line.sweep_values import check_no_sweep
 from s2train.command_line.usage import brief_usage, usage
 from s2train.errors import (
     INTERRUPTED_STATUS,
@@ -57,7 +58,7 @@ def run_hydra(
     Args:
         schema: the dataclass of its settings.
         doc: docstring of its module.
-        others: dataclasses of settings of Hydra's plugins, each with its prefix.
+        others: dataclasses of settings of Hydra's plugins, each with its prefix; a program without them runs no sweeps.
     """
     arguments, groups = sys.argv[1:], config_groups(CONF)
     if not arguments:
@@ -67,21 +68,32 @@ def run_hydra(
             print(usage(doc or "", schema, groups, others))
         return
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
-        sys.argv[1:] = options_first(hydra_arguments(arguments, schema))
+        sys.argv[1:] = _checked(arguments, schema, runs_sweeps=bool(others))
         main()
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises errors instead of printing them
     try:
-        sys.argv[1:] = options_first(hydra_arguments(arguments, schema))
+        sys.argv[1:] = _checked(arguments, schema, runs_sweeps=bool(others))
         main()
     except ConfigError as error:  # two names of one setting
         run_command(partial(_reject_composition, str(error)))
     except HydraException as error:
         known = config_groups(CONF, *own_folders(arguments))
-        line = explain(error, overrides_of(sys.argv[1:]), known, schema)
+        line = explain(error, overrides_of(sys.argv[1:]), known, schema, runs_sweeps=bool(others))
         run_command(partial(_reject_composition, line))
     finally:
         os.environ.pop("HYDRA_FULL_ERROR", None)
+
+
+def _checked(arguments: Sequence[str], schema: type, runs_sweeps: bool) -> list[str]:
+    """Convert a command line to Hydra's, and check it.
+
+    Raises:
+        ConfigError: as `hydra_arguments`, or it asks for a sweep that the program doesn't run.
+    """
+    if not runs_sweeps:
+        check_no_sweep(arguments)
+    return options_first(hydra_arguments(arguments, schema))
 
 
 def run_command(command: Callable[[], None], schema: type | None = None) -> None:
@@ -114,7 +126,7 @@ def run_command(command: Callable[[], None], schema: type | None = None) -> None
         from s2train.config import PretrainConfig
 
         settings = [word for word in sys.argv[1:] if _SETTING.match(word)]
-        _reject(explain(error, settings, config_groups(CONF), schema or PretrainConfig))
+        _reject(explain(error, settings, config_groups(CONF), schema or PretrainConfig, runs_sweeps=False))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -1,5 +1,7 @@
 """Errors of a command line are reported in one line, with the nearest and all valid names."""
 
+from pathlib import Path
+
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
@@ -172,6 +174,11 @@ def rejected(program: str, *arguments: str, processes: int = 0) -> Outcome:
         (["-m", "+model=7b_hybrid", "seed=range(3,1)"], "error: seed=range(3,1): holds no value."),
         (["-m", "+model=7b_hybrid", "seed=interval(1,3)"], "such as seed=A,B, or use hydra/sweeper=optuna."),
         (["+model=7b_hybrid", "layout=glob(*)"], "error: layout=glob(*): a sweep. Write one value, or add -m"),
+        (
+            ["+model=7b_hybrid", "hydra.sweeper.params={seed:1}"],
+            "from files only. Write them as a setting's: -m SETTING=",
+        ),
+        (["-m", "+model=7b_hybrid", "hydra.sweeper.params.seed=1,2"], "Write them as a setting's: -m seed=1,2"),
         (["hydra/launcher=x"], "error: hydra/launcher=x: unknown name. There are s2train_local and"),
         (["model={num_layers:2}"], "error: +model=(not set): no model is set. Add +model=NAME"),
     ],
@@ -195,3 +202,18 @@ def test_the_other_programs_say_one_line_too() -> None:
 def test_one_of_two_ranks_prints_the_line() -> None:
     outcome = rejected("pretrain.py", "+model=7b_hybrid", "schedule=shiftd", processes=2)
     assert "schedule=shifted" in error_line(outcome)
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("-m", "error: -m=multirun: launch/pretrain.py alone runs sweeps"),
+        ("hydra.mode=MULTIRUN", "error: hydra.mode=MULTIRUN: launch/pretrain.py alone runs sweeps"),
+        ("layout=dense", "error: seed=1,2: ambiguous: names several values. Name one of them, such as seed=1."),
+    ],
+)
+def test_a_program_without_sweeps_rejects_them_and_writes_no_folder(argument: str, words: str, tmp_path: Path) -> None:
+    outcome = run("show_layout.py", argument, "+model=tiny_hybrid", "seed=1,2", processes=0, cwd=tmp_path)
+    assert outcome.status == 2
+    assert error_line(outcome).startswith(words)
+    assert list(tmp_path.iterdir()) == []
