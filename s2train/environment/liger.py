@@ -20,6 +20,7 @@ SWIGLU, ROTATION, SPLIT, SUMS = "swiglu", "rotation", "split", "sums"
 OPERATIONS = (SWIGLU, ROTATION, SPLIT, SUMS)
 _LOSSES = ("in_place", "liger")  # values of the setting `loss` that `auto` takes, the fastest first
 WITHOUT_TP = ("in_place", "linear")  # values that need the output layer whole
+_UNCHECKED = "was not checked for"
 RELEASE = "0.8.5"  # whose kernels s2train launches itself: SwiGLU, residual sums, the loss in place
 
 
@@ -91,6 +92,8 @@ def kernels_line(cfg: PretrainConfig, capability: tuple[int, int] | None, te: bo
         why_not = _unserved(cfg, case) or (_why_not(cfg, case, capability, te) if asked == "auto" else None)
         if why_not not in reasons:
             reasons.append(why_not)
+    if any(_UNCHECKED in (why or "") for why in reasons):
+        reasons.append("to check: python launch/check_libraries.py FOLDER, see docs/backends.md")
     why = f" ({'; '.join(filter(None, reasons))})" if reasons else ""
     return ", ".join(f"{name} {way}" for name, way in used.items()) + why
 
@@ -126,5 +129,5 @@ def _why_not(cfg: PretrainConfig, operation: str, capability: tuple[int, int] | 
     release = installed_version(library)
     if verified(library, release, capability, case) is None:
         on = ".".join(map(str, capability))
-        return f"{library} {release} was not checked for {case} on compute capability {on}"
+        return f"{library} {release} {_UNCHECKED} {case} on compute capability {on}"
     return None

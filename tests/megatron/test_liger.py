@@ -292,4 +292,15 @@ def test_the_log_says_what_runs_and_why_not_liger(installed: pytest.MonkeyPatch)
     assert "sums torch, loss liger (sums are those of liger-kernel" in other
     parts = line().split("; ")
     assert "liger-kernel 9.9 was not checked for swiglu bf16 on compute capability 9.0" in parts[0]
+    assert "to check: python launch/check_libraries.py" in parts[-1]
     assert all(first != second for first, second in pairwise(parts))
+
+
+def test_the_log_names_the_kernel_that_was_not_checked_under_a_later_triton(installed: pytest.MonkeyPatch) -> None:
+    release = liger.installed_version
+    installed.setattr(liger, "installed_version", lambda name: "3.9.0" if name == "triton" else release(name))
+    used, _, why = line().partition(" (")
+    assert used == "swiglu liger, rotation liger, split torch, sums liger, loss in_place"
+    assert why.startswith(
+        "triton 3.9.0 was not checked for split bf16 on compute capability 9.0; to check: python launch/"
+    )
