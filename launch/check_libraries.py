@@ -52,7 +52,10 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), help="steps: only these variants")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    given.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        given.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"FOLDER {given.folder} can't be written ({error.strerror}): name another")
     if given.part is not None:
         if given.part == "elementwise":
             elementwise(given.folder, given.operations)

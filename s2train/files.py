@@ -7,6 +7,7 @@ from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from s2train.errors import ConfigError
 
@@ -64,11 +65,12 @@ def output_stem(output: Path, setting: str = "output") -> Path:
     """Strip `.json` or `.png` from OUTPUT; programs add these themselves.
 
     Raises:
-        ConfigError: it names no file.
+        ConfigError: it names no file, or its folder can't be written.
     """
     name = output.name.removesuffix(".json").removesuffix(".png")
     if not name:
         raise ConfigError(setting, output, "names no file", "Name one, such as runs/dense-and-hybrid")
+    check_writable(setting, output.parent, output)
     return output.with_name(name)
 
 
@@ -76,11 +78,15 @@ def new_file(text: str) -> Path:
     """Parse an option's file to write.
 
     Raises:
-        ArgumentTypeError: it exists.
+        ArgumentTypeError: it exists, or its folder can't be written.
     """
     path = Path(text)
     if path.exists():
         raise ArgumentTypeError(f"{path} exists: results are not overwritten, name another file")
+    try:
+        check_writable("--output", path.parent)
+    except ConfigError as error:
+        raise ArgumentTypeError(f"{error.problem}. {error.remedy}") from error
     return path
 
 
@@ -90,17 +96,27 @@ def describe_output(output: Path) -> str:
     return f"results in {stem}.json, picture in {stem}.png"
 
 
-def check_writable(setting: str, folder: str | Path) -> None:
+def check_writable(setting: str, folder: str | Path, given: str | Path | None = None) -> None:
     """Check that `folder` can be written or created, without creating it.
 
+    Args:
+        given: the setting's value, if it is not the folder.
     Raises:
         ConfigError: on `setting`, if it can't.
     """
+    value = folder if given is None else given
+    if str(folder) == "":
+        raise ConfigError(setting, value, "names no folder", "Name another folder")
     path = Path(folder).absolute()
-    there = next(parent for parent in (path, *path.parents) if parent.exists())
-    if str(folder) == "" or not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        problem = "names no folder" if str(folder) == "" else f"{there} is {'' if there.is_dir() else 'no folder'}"
-        raise ConfigError(setting, folder, problem, "Name another folder")
+    there = next(parent for parent in (path, *path.parents) if os.path.exists(parent))  # False if it can't be looked up
+    if not there.is_dir():
+        raise ConfigError(setting, value, f"{there} is no folder", "Name another folder")
+    try:
+        with TemporaryFile(dir=there):  # root has all rights, also where nothing can be created: /proc
+            pass
+    except OSError as error:
+        problem = f"{there} can't be written ({error.strerror})"
+        raise ConfigError(setting, value, problem, "Name another folder") from error
 
 
 def check_output(output: str | Path, overwrite: bool | None, such: str) -> Path:
@@ -119,7 +135,7 @@ def check_output(output: str | Path, overwrite: bool | None, such: str) -> Path:
     if path.exists() and not overwrite:
         remedy = "Name another file" if overwrite is None else "Add overwrite=true, or set another file"
         raise ConfigError("output", path, "exists", remedy)
-    check_writable("output", path.parent)
+    check_writable("output", path.parent, path)
     return path
 
 

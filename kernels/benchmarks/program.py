@@ -6,6 +6,7 @@ import json
 import os
 import platform
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -24,14 +25,21 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def check_output(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
-    """End the program with an error if the output exists."""
+    """Reject an output that exists or can't be written."""
     check_new(parser, given.output, "--output")
 
 
 def check_new(parser: argparse.ArgumentParser, path: Path | None, option: str) -> None:
-    """End the program with an error if an option's file exists."""
-    if path is not None and path.exists():
+    """Reject an option's file that exists or can't be written."""
+    if path is None:
+        return
+    if path.exists():
         parser.error(f"{path} exists: results are not overwritten, name another {option}")
+    try:
+        with TemporaryFile(dir=next(folder for folder in path.absolute().parents if folder.exists())):
+            pass
+    except OSError as error:
+        parser.error(f"{path} can't be written ({error.strerror}): name another {option}")
 
 
 def check_device(

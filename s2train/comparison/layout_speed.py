@@ -31,7 +31,7 @@ from s2train.config import ParallelConfig, PretrainConfig, head_dim
 from s2train.costs.attention import density
 from s2train.environment.provenance import timed_on
 from s2train.errors import ConfigError
-from s2train.files import write_json
+from s2train.files import check_writable, write_json
 from s2train.kernels.benchmarks.run import failures
 from s2train.megatron.layout_cache import LayoutCache
 from s2train.megatron.setup import initialize, shutdown
@@ -64,6 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         runs = _runs(args.overrides, args.layouts)
         layouts = {name: _static_layout(cfg) for name, cfg in runs.items()}
+        check_writable("--output", args.output.parent)
     except ConfigError as error:
         parser.error(str(error))
     found = _read(args.output, parser)

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from s2train.environment.provenance import environment
 from s2train.errors import ConfigError
-from s2train.files import check_writable, output_stem, write_json
+from s2train.files import output_stem, write_json
 from s2train.training.records import last_evaluation, read_curves, read_records
 
 if TYPE_CHECKING:
@@ -171,7 +171,6 @@ def compare(run_dirs: Sequence[Path], output: Path, command: str) -> "Table":
     for path in (table_path, picture_path):
         if path.exists():
             raise ConfigError("output", output, f"{path} exists", "Set another, or move the file away")
-    check_writable("output", output.parent)
     summaries = [summarize(run_dir) for run_dir in run_dirs]
     runs = {summary.name: run_dir / "metrics.jsonl" for summary, run_dir in zip(summaries, run_dirs, strict=True)}
     if len(runs) < len(summaries):

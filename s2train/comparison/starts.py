@@ -30,7 +30,7 @@ from s2train.command_line.program import option_name, run_command, settings_befo
 from s2train.comparison.import_times import file_seconds, import_times, table_of_imports
 from s2train.environment.provenance import environment
 from s2train.errors import ConfigError, TrainingError
-from s2train.files import write_json
+from s2train.files import check_writable, write_json
 from s2train.training.records import read_records
 
 _LAUNCH = Path(__file__).parents[2] / "launch"
@@ -179,6 +179,8 @@ def measure_and_show(given: argparse.Namespace) -> None:
         raise ConfigError(
             "--starts", given.starts, "nothing would be started", "Set --starts or --cold, and --together"
         )
+    if given.output is not None:
+        check_writable("--output", given.output.parent)
     request = Request(given.overrides, given.nproc_per_node)
     console = Console(width=int(os.environ.get("COLUMNS", "160")))
     command = {"command": shlex.join(["python", *sys.orig_argv[1:]])}

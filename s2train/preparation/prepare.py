@@ -88,7 +88,7 @@ def prepare(cfg: PrepareConfig) -> Metadata:
     else:
         load_tokenizer(cfg.tokenizer, "tokenizer", cfg.end_token)
 
-    check_writable("output", output.parent)
+    check_writable("output", output.parent, output)
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / "lock")
     try:

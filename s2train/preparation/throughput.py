@@ -23,7 +23,7 @@ from s2train.config import PrepareConfig
 from s2train.data.bundled import bundled_corpus_files
 from s2train.data.tokenizers import train_bpe
 from s2train.errors import ConfigError
-from s2train.files import write_json
+from s2train.files import check_writable, write_json
 from s2train.preparation.cutting import split_documents
 from s2train.preparation.prepare import prepare
 
@@ -99,6 +99,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.output.exists():
         raise ConfigError("output", given.output, "it exists", "Set another file")
+    check_writable("output", given.output.parent)
     with tempfile.TemporaryDirectory() as folder:
         results = measure(Path(folder), given.megabytes, given.vocabulary, given.workers)
     about = {

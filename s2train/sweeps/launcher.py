@@ -27,6 +27,7 @@ from s2train.command_line.program import run_command
 from s2train.config import PretrainConfig, SweepConfig
 from s2train.environment.hardware import Hardware
 from s2train.errors import INTERRUPTED_STATUS, USAGE_STATUS, ConfigError
+from s2train.files import check_writable
 from s2train.planning import Plan, asked_plan, check, check_memory, resolve
 from s2train.sweeps.jobs import Job, Status, changed_setting, read_record, relabel, write_record
 from s2train.sweeps.names import job_folder, label, setting_and_value
@@ -149,6 +150,7 @@ class SweepLauncher(Launcher):
         for override in self.config.hydra.overrides.task:
             if setting_and_value(override)[0] == "run_dir":
                 raise ConfigError("run_dir", "…", "each job has its own folder", "Set hydra.sweep.dir=FOLDER")
+        check_writable("hydra.sweep.dir", self.sweep_dir)
         self.check_settings()
 
     def _prepare(self, overrides: Sequence[str]) -> Job:

@@ -98,6 +98,14 @@ def test_a_sweep_rejects_jobs_whose_tokens_contradict_their_steps(
     assert "1 of 2 jobs can't run" in err
 
 
+def test_a_sweep_whose_folder_cannot_be_made_is_rejected_before_hydra_makes_it(
+    sweep: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        sweep("seed=1,2", "hydra.sweep.dir=/proc/sweep")
+    assert "error: hydra.sweep.dir=/proc/sweep: /proc can't be written" in capsys.readouterr().err
+
+
 def learning(sweep: Any, trials: int, *arguments: str, **settings: Any) -> Sweeper:
     """Make a sweeper that learns from the losses of `trials` trials."""
     sweeper: Sweeper = sweep("seed=1,2", *arguments, **settings)

@@ -25,6 +25,7 @@ from s2train.checkpoints.trained import check_tokenizer
 from s2train.config import ExportConfig, ParallelConfig, PretrainConfig
 from s2train.data.tokenizers import FileTokenizer, Tokenizer, load_tokenizer
 from s2train.errors import ConfigError
+from s2train.files import check_writable
 from s2train.megatron.model import unwrap
 from s2train.megatron.setup import initialize, shutdown
 from s2train.planning import hybrid_layout
@@ -52,6 +53,7 @@ def export(cfg: ExportConfig) -> Path:
     require_safetensors("output", cfg.output)
     if output.exists():
         raise ConfigError("output", output, "it exists", "Name a folder that doesn't")
+    check_writable("output", cfg.output)
     tokenizer = load_tokenizer(cfg.tokenizer or trained.data.tokenizer, "tokenizer", trained.data.end_token)
     check_tokenizer(path, tokenizer)
     rows = trained.model.vocab_size if cfg.vocab_size is None else cfg.vocab_size

@@ -31,6 +31,7 @@ from s2train.config import (
 from s2train.data.tokenizers import fingerprint
 from s2train.environment.dtypes import DTYPES
 from s2train.errors import ConfigError, as_typed
+from s2train.files import check_writable
 from s2train.megatron.compat import save_checkpoint_shards
 from s2train.megatron.layer_backends import backend_of
 from s2train.megatron.model import build_model, transformer_config, unwrap
@@ -82,6 +83,7 @@ def import_llama(cfg: ImportConfig) -> tuple[Path, ModelFiles]:
     final = Path(cfg.output) / "checkpoints" / folder_name(0)
     if Path(cfg.output).exists():
         raise ConfigError("output", cfg.output, "it exists", "Name a folder that doesn't")
+    check_writable("output", cfg.output)
 
     output, length = Path(cfg.output), int(folder.config.get("max_position_embeddings", 2048))
     model.name = model_name(output)

@@ -19,7 +19,7 @@ from s2train.checkpoints.folders import find_checkpoint, load_for_inference, rea
 from s2train.config import ParallelConfig, PretrainConfig
 from s2train.environment.provenance import environment
 from s2train.errors import ConfigError
-from s2train.files import check_writable, output_stem, write_json
+from s2train.files import output_stem, write_json
 from s2train.megatron.model import unwrap
 from s2train.megatron.replaced_attention import AttentionInputs, attention_inputs
 from s2train.megatron.setup import initialize, shutdown
@@ -98,8 +98,7 @@ def replace_layers(source: Source, grid: Grid, settings: dict[str, Any], output:
     Raises:
         ConfigError: a setting can't work, or the file holds other measurements.
     """
-    stem = output_stem(output)
-    check_writable("--output", stem.parent)
+    stem = output_stem(output, "--output")
     path, cfg, sequences = source.read()
     check_grid(grid, cfg, settings, source.length)
     asked = {
@@ -145,8 +144,7 @@ def diagnose(
     Raises:
         ConfigError: a setting can't work.
     """
-    stem = output_stem(output)
-    check_writable("--output", stem.parent)
+    stem = output_stem(output, "--output")
     path, cfg, sequences = source.read()
     lengths = sorted(set(lengths))
     if lengths[0] < 1 or lengths[-1] > source.length:
