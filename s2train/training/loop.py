@@ -18,12 +18,13 @@ from s2train.checkpoints.folders import Progress, checkpoints_in, own_checkpoint
 from s2train.checkpoints.random_state import current_rng_ranks
 from s2train.checkpoints.run_state import Saver, TrainingState
 from s2train.config import PretrainConfig
-from s2train.costs.memory import GIB, Memory
-from s2train.costs.phases import Phase, mean_flops
+from s2train.costs.memory import GIB
+from s2train.costs.phases import mean_flops
 from s2train.distributed.agreement import take_maximum
 from s2train.errors import DivergedError, StoppedBySignal
 from s2train.megatron.block_attention import kernels_of
 from s2train.megatron.teacher import Teacher
+from s2train.planning import Plan
 from s2train.training.auxiliary_losses import AuxiliaryLosses
 from s2train.training.batches import EarlyBatches, micro_batches
 from s2train.training.frozen_trunk import FrozenTrunk
@@ -40,23 +41,6 @@ from s2train.training.steps import run_step
 from s2train.training.watchdog import Watchdog
 
 NO_TOKEN = "no token counts in the loss: all labels are -1"
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Constants that turn step times into rates.
-
-    Attributes:
-        phases: phases of the run, with their training FLOPs per token.
-        peak_flops: peak FLOP/s of a device; None if unknown.
-        devices: number of ranks of the job.
-        planned_memory: planned memory of the fullest rank.
-    """
-
-    phases: tuple[Phase, ...]
-    peak_flops: float | None
-    devices: int
-    planned_memory: Memory
 
 
 @dataclass
@@ -125,6 +109,7 @@ class Trainer:
     def __init__(
         self,
         cfg: PretrainConfig,
+        plan: Plan,
         state: TrainingState,
         train_set: Dataset,
         held_out_set: Dataset | None,
@@ -132,7 +117,6 @@ class Trainer:
         *,
         tracker: Tracker,
         timers: Timers,
-        speed: Speed,
         signals: StopSignals,
         watchdog: Watchdog,
         times: StartTimes,
@@ -140,7 +124,7 @@ class Trainer:
         auxiliary: AuxiliaryLosses,
         teacher: Teacher | None = None,
     ) -> None:
-        self.cfg, self.state, self.tracker, self.speed, self.device = cfg, state, tracker, speed, device
+        self.cfg, self.plan, self.state, self.tracker, self.device = cfg, plan, state, tracker, device
         self.train_set, self.held_out_set, self.timers = train_set, held_out_set, timers
         self.signals, self.watchdog, self.times, self.auxiliary = signals, watchdog, times, auxiliary
         self.after_first_step, self.teacher = after_first_step, teacher
@@ -187,7 +171,7 @@ class Trainer:
                 self._report_start(step)
             has_state = step > first or progress.step > 0  # Adam's state exists
             if step == min(progress.step + PEAK_STEPS, last) and has_state:
-                report_peak(self.speed.planned_memory, self.tracker)
+                report_peak(self.plan.memory, self.tracker)
             is_last, is_stopping = step == last, bool(done.signal)
             held_out: HeldOut | None = None
             with interval.pause():
@@ -361,8 +345,9 @@ class Trainer:
         length, losses = self.cfg.train.seq_length, interval.losses
         seconds = time.perf_counter() - interval.started - interval.paused
         tokens_per_s = interval.samples * length / seconds
-        flops_per_token = mean_flops(self.speed.phases, step - interval.steps + 1, step)
-        flops = tokens_per_s * flops_per_token / self.speed.devices
+        flops_per_token = mean_flops(self.plan.phases, step - interval.steps + 1, step)
+        flops = tokens_per_s * flops_per_token / self.plan.world_size
+        peak = self.plan.hardware.peak_flops(self.cfg.train.precision)
         return StepMetrics(
             step=step,
             consumed_tokens=consumed * length,
@@ -374,7 +359,7 @@ class Trainer:
             step_time_s=seconds / interval.steps,
             tokens_per_s=tokens_per_s,
             model_tflops=flops / 1e12,
-            mfu=flops / self.speed.peak_flops if self.speed.peak_flops else None,
+            mfu=flops / peak if peak else None,
             memory_gib=torch.cuda.max_memory_allocated() / GIB,
             eta_s=(stop - consumed) * length / tokens_per_s,
             timed_from=interval.timed_from,

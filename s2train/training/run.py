@@ -33,7 +33,7 @@ from s2train.preparation.bundled_corpus import ensure_prepared
 from s2train.training.auxiliary_losses import AuxiliaryLosses
 from s2train.training.compilers import Compilers, mark_compiled
 from s2train.training.layout_picture import LayoutPicture, check_matplotlib
-from s2train.training.loop import Speed, Trainer
+from s2train.training.loop import Trainer
 from s2train.training.metrics import Tracker
 from s2train.training.optimizer import build_optimizer, wrap_data_parallel
 from s2train.training.run_report import describe_run, report_end, report_start
@@ -192,18 +192,13 @@ def _train(
     tracker.table("layout/sparse_layers", ["letter", "layers", "keeps", "density"], letter_rows(plan))
     trainer = Trainer(
         cfg,
+        plan,
         state,
         train_set,
         held_out_set,
         device,
         tracker=tracker,
         timers=timers,
-        speed=Speed(
-            phases=plan.phases,
-            peak_flops=plan.hardware.peak_flops(cfg.train.precision),
-            devices=torch.distributed.get_world_size(),
-            planned_memory=plan.memory,
-        ),
         signals=signals,
         watchdog=watchdog,
         times=times,
