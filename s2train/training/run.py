@@ -8,6 +8,8 @@ from threading import Thread
 import torch
 from megatron.core import parallel_state
 from megatron.core.timers import Timers
+from megatron.core.transformer.module import MegatronModule
+from torch.utils.data import Dataset
 
 from s2train.attention.hybrid import HybridLayout
 from s2train.attention.teacher import teacher_setting
@@ -118,12 +120,6 @@ def run(cfg: PretrainConfig, plan: Plan, times: StartTimes | None = None, compil
         raise stop
 
 
-def _compile(cfg: PretrainConfig, hybrid: HybridLayout, hardware: Hardware, device: torch.device) -> None:
-    compile_kernels(cfg, hybrid, device, parallel_state.get_context_parallel_rank())
-    if device.type == "cuda":
-        mark_compiled(cfg, hybrid, hardware)
-
-
 def _train(
     cfg: PretrainConfig,
     plan: Plan,
@@ -146,13 +142,8 @@ def _train(
         times.end("compilers")
     run_once_per_machine(partial(_compile, cfg, hybrid, plan.hardware, device))
     times.end("kernels")
-    by_cost = cfg.parallel.pp > 1 and cfg.parallel.pipeline_split == "cost"
-    config = transformer_config(cfg, plan.pipeline.stages if by_cost else None)
     timers = Timers(log_level=cfg.tracking.timing, log_option="minmax")
-    config.timers = timers if cfg.tracking.timing else None
-    models = build_model(cfg, config, hybrid, backend, device)
-    chunks = wrap_data_parallel(cfg, config, models)
-    state = TrainingState(chunks, *build_optimizer(cfg, config, chunks, decays_gains=start.progress.decays_gains))
+    models, state = _build(cfg, plan, hybrid, backend, start, device, timers)
     times.end("model")
     if start.checkpoint is not None:
         watchdog.beat("loading the checkpoint")
@@ -161,22 +152,12 @@ def _train(
     teacher = None
     if teacher_setting(hybrid.layers) is not None:
         watchdog.beat("loading the teacher")
-        teacher = load_teacher(cfg, hybrid, backend, device, chunks)
+        teacher = load_teacher(cfg, hybrid, backend, device, state.chunks)
         times.end("teacher")
     watchdog.beat("opening the data")
-
     consumed = start.progress.consumed_samples
     last_sample = consumed + samples_of_steps(cfg, start.progress.step, consumed)
-    held_out_samples = cfg.evaluation.batches * cfg.train.global_batch_size if cfg.evaluation.interval else 0
-    train_set, held_out_set = build_datasets(
-        cfg,
-        tokenizer,
-        start.progress.order["data.num_samples"],
-        held_out_samples,
-        is_built_on_rank=lambda: True,
-        last_sample=last_sample,
-    )
-    assert train_set is not None  # check_data rejects data without training samples
+    train_set, held_out_set = _open_data(cfg, tokenizer, start, last_sample)
     times.end("data")
     tracker = Tracker(cfg, start.progress, active=is_first, plan=figures(plan))
     if is_first:
@@ -203,18 +184,57 @@ def _train(
         watchdog=watchdog,
         times=times,
         after_first_step=picture.start,
-        auxiliary=AuxiliaryLosses(cfg, hybrid, chunks, state.optimizer.scale_loss),
+        auxiliary=AuxiliaryLosses(cfg, hybrid, state.chunks, state.optimizer.scale_loss),
         teacher=teacher,
     )
     try:
         with picture:
             saved = trainer.train(start.progress)
-    except StoppedBySignal:
-        tracker.close(_SECONDS_FOR_WANDB)
-        raise
-    except DivergedError:
-        tracker.close()
+    except (StoppedBySignal, DivergedError) as stop:
+        tracker.close(_SECONDS_FOR_WANDB if isinstance(stop, StoppedBySignal) else None)
         raise
     if is_first and (curve := report_end(cfg, saved, picture.path)) is not None:
         tracker.picture("train/loss_curve", curve)
     tracker.close()
+
+
+def _compile(cfg: PretrainConfig, hybrid: HybridLayout, hardware: Hardware, device: torch.device) -> None:
+    compile_kernels(cfg, hybrid, device, parallel_state.get_context_parallel_rank())
+    if device.type == "cuda":
+        mark_compiled(cfg, hybrid, hardware)
+
+
+def _build(
+    cfg: PretrainConfig,
+    plan: Plan,
+    hybrid: HybridLayout,
+    backend: Backend,
+    start: Start,
+    device: torch.device,
+    timers: Timers,
+) -> tuple[list[MegatronModule], TrainingState]:
+    """Build this rank's model chunks, and what trains them."""
+    by_cost = cfg.parallel.pp > 1 and cfg.parallel.pipeline_split == "cost"
+    config = transformer_config(cfg, plan.pipeline.stages if by_cost else None)
+    config.timers = timers if cfg.tracking.timing else None
+    models = build_model(cfg, config, hybrid, backend, device)
+    chunks = wrap_data_parallel(cfg, config, models)
+    optimizer, scheduler = build_optimizer(cfg, config, chunks, decays_gains=start.progress.decays_gains)
+    return models, TrainingState(chunks, optimizer, scheduler)
+
+
+def _open_data(
+    cfg: PretrainConfig, tokenizer: Tokenizer, start: Start, last_sample: int
+) -> tuple[Dataset, Dataset | None]:
+    """Open the training set up to `last_sample`, and the held-out set."""
+    held_out_samples = cfg.evaluation.batches * cfg.train.global_batch_size if cfg.evaluation.interval else 0
+    train_set, held_out_set = build_datasets(
+        cfg,
+        tokenizer,
+        start.progress.order["data.num_samples"],
+        held_out_samples,
+        is_built_on_rank=lambda: True,
+        last_sample=last_sample,
+    )
+    assert train_set is not None  # check_data rejects data without training samples
+    return train_set, held_out_set
