@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -34,7 +34,6 @@ def build_datasets(
     num_train_samples: int,
     num_valid_samples: int,
     *,
-    is_built_on_rank: Callable[[], bool],
     last_sample: int = 0,
 ) -> tuple[Samples, Samples]:
     """Build training and held-out samples in a fixed order.
@@ -56,19 +55,17 @@ def build_datasets(
     Args:
         tokenizer: tokenizer of the data; call `check_data` first.
         num_train_samples: number of samples that the run began with; it stays the same when the run's length changes.
-        is_built_on_rank: whether this rank needs the datasets; True on rank 0.
         last_sample: training samples needed, if more than `num_train_samples`.
 
     Returns:
-        (train, held out). Each is None on ranks that don't need it, or if `data.split` or the number of samples leaves
-        it out.
+        (train, held out). Each is None if `data.split` or the number of samples leaves it out.
     """
     held_out_seed = cfg.seed if cfg.evaluation.seed is None else cfg.evaluation.seed
     if cfg.data.valid_path is not None or held_out_seed != cfg.seed:
         train = replace(cfg, data=training_part(cfg.data))
         held_out = replace(cfg, data=held_out_part(cfg.data), seed=held_out_seed)
         train, held_out = (replace(part, evaluation=replace(cfg.evaluation, seed=None)) for part in (train, held_out))
-        build = partial(build_datasets, tokenizer=tokenizer, is_built_on_rank=is_built_on_rank)
+        build = partial(build_datasets, tokenizer=tokenizer)
         train_set, _ = build(train, num_train_samples=num_train_samples, num_valid_samples=0, last_sample=last_sample)
         _, held_out_set = build(held_out, num_train_samples=0, num_valid_samples=num_valid_samples)
         return train_set, held_out_set
@@ -77,8 +74,8 @@ def build_datasets(
     cache = Path(cfg.data.cache)
     with _locked(cache, [cache, *(cache / _cache_name(prefix) for prefix in blend.prefixes)]):
         if blend.is_mock:
-            return _build_epochs(cfg, tokenizer, None, sizes, last_sample, is_built_on_rank)
-        return _build_blend(cfg, tokenizer, blend, sizes, last_sample, is_built_on_rank)
+            return _build_epochs(cfg, tokenizer, None, sizes, last_sample)
+        return _build_blend(cfg, tokenizer, blend, sizes, last_sample)
 
 
 @contextmanager
@@ -112,10 +109,9 @@ def _build_blend(
     blend: Blend,
     sizes: tuple[int, int],
     last_sample: int,
-    is_built_on_rank: Callable[[], bool],
 ) -> tuple[Samples, Samples]:
     if len(blend.prefixes) == 1:
-        return _build_epochs(cfg, tokenizer, blend.prefixes[0], sizes, last_sample, is_built_on_rank)
+        return _build_epochs(cfg, tokenizer, blend.prefixes[0], sizes, last_sample)
 
     # Megatron's own blending requests each dataset's share plus a margin, which can be too few for small numbers of
     # samples. A blend of exactly the number requested takes at most ⌈weight × samples⌉ from a dataset.
@@ -123,13 +119,13 @@ def _build_blend(
     for prefix, weight in zip(blend.prefixes, blend.weights, strict=True):
         shares = (ceil(weight * sizes[0]), ceil(weight * sizes[1]))
         last = ceil(weight * last_sample)
-        parts.append(_build_epochs(cfg, tokenizer, prefix, shares, last, is_built_on_rank))
+        parts.append(_build_epochs(cfg, tokenizer, prefix, shares, last))
     # Megatron chooses each sample's dataset without looking ahead: a larger blend begins with the smaller one.
     sizes = (max(sizes[0], last_sample), sizes[1])
     config = _config(cfg, tokenizer, blend.prefixes[0], cfg.data.cache, sizes)
     train, valid = (
         BlendedMegatronDatasetBuilder.build_generic_dataset(
-            BlendedDataset, is_built_on_rank, True, _of_one_class(datasets), list(blend.weights), size, config
+            BlendedDataset, _on_every_rank, True, _of_one_class(datasets), list(blend.weights), size, config
         )
         if part is not None  # the same on every rank, as the call is collective
         else None
@@ -154,10 +150,9 @@ def _build_epochs(
     prefix: str | None,
     sizes: tuple[int, int],
     last_sample: int,
-    is_built_on_rank: Callable[[], bool],
 ) -> tuple[Samples, Samples]:
     """Build datasets, and add further epochs up to `last_sample` training samples."""
-    train, valid = _build(cfg, tokenizer, prefix, sizes, is_built_on_rank)
+    train, valid = _build(cfg, tokenizer, prefix, sizes)
     if last_sample <= sizes[0]:
         return train, valid
     lengths = read_document_lengths(prefix) if prefix else MockGPTLowLevelDataset(tokenizer).sequence_lengths
@@ -167,7 +162,7 @@ def _build_epochs(
     further = []
     for number in range(1, further_epochs(own, cfg.train.seq_length, sizes[0], last_sample) + 1):
         # For one sample, Megatron builds one epoch, which therefore doesn't depend on the run's length.
-        epoch, _ = _build(cfg, tokenizer, prefix, (1, 0), is_built_on_rank, seed_of_epoch(cfg.seed, number))
+        epoch, _ = _build(cfg, tokenizer, prefix, (1, 0), seed_of_epoch(cfg.seed, number))
         further.append(epoch)
     return (FurtherEpochs([train, *further]) if train is not None and further else train), valid
 
@@ -177,19 +172,23 @@ def _build(
     tokenizer: Tokenizer,
     prefix: str | None,
     sizes: tuple[int, int],
-    is_built_on_rank: Callable[[], bool],
     seed: int | None = None,
 ) -> tuple[Samples, Samples]:
     cache = cfg.data.cache if prefix is None else str(Path(cfg.data.cache) / _cache_name(prefix))
     config = _config(cfg, tokenizer, prefix, cache, sizes)
     config.random_seed = cfg.seed if seed is None else seed
     kind = MockGPTDataset if prefix is None else GPTDataset
-    train, valid, _ = BlendedMegatronDatasetBuilder(kind, [*sizes, 0], is_built_on_rank, config).build()
+    train, valid, _ = BlendedMegatronDatasetBuilder(kind, [*sizes, 0], _on_every_rank, config).build()
     for part in (train, valid):
         if part is not None:
             # Else masked tokens (-1) of the first sample that a process reads are masked in all its later samples too.
             part.masks_and_position_ids_are_cacheable = False
     return train, valid
+
+
+def _on_every_rank() -> bool:
+    """Answer Megatron, which asks whether a rank needs the datasets."""
+    return True
 
 
 def _config(

@@ -161,7 +161,7 @@ def samples(subject: Subject, count: int, *, held_out: bool, rank: int = 0, rank
     A sample holds tokens, labels and loss_mask, [1, s].
     """
     sizes = (1, count) if held_out else (count, 0)
-    parts = build_datasets(subject.cfg, subject.tokenizer, *sizes, is_built_on_rank=lambda: True)
+    parts = build_datasets(subject.cfg, subject.tokenizer, *sizes)
     dataset: Any = parts[held_out]
     for index in range(rank, count, ranks):
         sample = dataset[index]

@@ -233,7 +233,6 @@ def _open_data(
         tokenizer,
         start.progress.order["data.num_samples"],
         held_out_samples,
-        is_built_on_rank=lambda: True,
         last_sample=last_sample,
     )
     assert train_set is not None  # check_data rejects data without training samples

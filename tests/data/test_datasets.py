@@ -30,7 +30,7 @@ ORDERS = range(30), range(29, -1, -1)
 
 def build(cfg: PretrainConfig, train: int | None = None, valid: int = 5) -> tuple[Any, Any]:
     train = num_train_samples(cfg) if train is None else train
-    return build_datasets(cfg, TOKENIZER, train, valid, is_built_on_rank=lambda: True)
+    return build_datasets(cfg, TOKENIZER, train, valid)
 
 
 def text_of(ids: torch.Tensor | np.ndarray) -> str:

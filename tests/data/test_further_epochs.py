@@ -29,7 +29,7 @@ def numbers(tmp_path: Path) -> Callable[[str], str]:
 
 def order(cfg: PretrainConfig, begun_for: int, last: int) -> list[Sample]:
     """Samples [0, last) of a run that began with `begun_for` samples."""
-    train, _ = build_datasets(cfg, ByteTokenizer(), begun_for, 2, is_built_on_rank=lambda: True, last_sample=last)
+    train, _ = build_datasets(cfg, ByteTokenizer(), begun_for, 2, last_sample=last)
     built: Any = train
     return [tuple(built[i]["tokens"].tolist()) for i in range(last)]
 
@@ -69,10 +69,7 @@ def test_the_first_samples_and_the_weights_of_a_blend_stay(numbers: Callable[[st
 
 def test_mock_data_get_further_epochs_too(config: MakeConfig) -> None:
     cfg = config("mock", seq_length=10_000_000)  # six samples per epoch
-    begun, longer = (
-        build_datasets(cfg, ByteTokenizer(), 2, 2, is_built_on_rank=lambda: True, last_sample=last)[0]
-        for last in (0, 15)
-    )
+    begun, longer = (build_datasets(cfg, ByteTokenizer(), 2, 2, last_sample=last)[0] for last in (0, 15))
     assert len(longer) >= 15  # type: ignore[arg-type]
     assert torch.equal(begun[0]["tokens"], longer[0]["tokens"])  # type: ignore[index]
 
@@ -80,7 +77,7 @@ def test_mock_data_get_further_epochs_too(config: MakeConfig) -> None:
 def test_an_order_with_enough_samples_gets_no_further_epochs(corpus: str, config: MakeConfig) -> None:
     cfg = config(corpus)
     (train, _), (longer, _) = (
-        build_datasets(cfg, ByteTokenizer(), 40, 5, is_built_on_rank=lambda: True, last_sample=last)
+        build_datasets(cfg, ByteTokenizer(), 40, 5, last_sample=last)
         for last in (0, 5000)  # both within the first epoch
     )
     assert type(train) is type(longer)

@@ -26,7 +26,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 def samples(cfg: PretrainConfig) -> torch.Tensor:
     """Training and held-out samples of a run."""
-    train, valid = build_datasets(cfg, ByteTokenizer(), 40, 5, is_built_on_rank=lambda: True)
+    train, valid = build_datasets(cfg, ByteTokenizer(), 40, 5)
     parts: list[tuple[Any, int]] = [(train, 40), (valid, 5)]
     return torch.cat([torch.stack([part[i]["tokens"] for i in range(number)]) for part, number in parts])
 

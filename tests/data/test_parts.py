@@ -37,7 +37,7 @@ def distinct(dataset: Any) -> set[str]:
 
 def test_a_run_trains_on_all_of_path_and_evaluates_on_valid_path(run: PretrainConfig) -> None:
     check_data(run, ByteTokenizer())
-    train, held_out = build_datasets(run, ByteTokenizer(), 600, 20, is_built_on_rank=lambda: True)
+    train, held_out = build_datasets(run, ByteTokenizer(), 600, 20)
     assert (distinct(train), distinct(held_out)) == ({"a"}, {"b"})
     assert training_epochs(run.data, 600, 64)[0].tokens == 40_001
 

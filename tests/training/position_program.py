@@ -20,7 +20,7 @@ def main(checkpoint: str, output: str) -> None:
     cfg = loaded.config
     count = cfg.evaluation.batches * cfg.train.global_batch_size
     tokenizer = load_tokenizer(cfg.data.tokenizer)
-    _, held_out = build_datasets(cfg, tokenizer, num_train_samples(cfg), count, is_built_on_rank=lambda: True)
+    _, held_out = build_datasets(cfg, tokenizer, num_train_samples(cfg), count)
     assert held_out is not None
     tokens, labels = (torch.stack([held_out[i][name] for i in range(count)]) for name in ("tokens", "labels"))
     assert all(bool((held_out[i]["loss_mask"] == 1).all()) for i in range(count))
