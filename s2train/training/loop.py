@@ -157,8 +157,7 @@ class Trainer:
             self.watchdog.beat(f"step {step}")
             before, size = size, batch_size(cfg.train, consumed)
             if size != before:
-                self.tracker.note(f"step {step} | the global batch grows from {before} to {size} sequences")
-                self.tracker.event("batch size", step=step - 1, tokens_per_step=size * cfg.train.seq_length)
+                self._report_growth(step, before, size)
             with profiler.step(step):
                 done = self._step(batches, step, consumed, size)
             interval.paused += profiler.pause_s()
@@ -173,11 +172,8 @@ class Trainer:
             if step == min(progress.step + PEAK_STEPS, last) and has_state:
                 report_peak(self.plan.memory, self.tracker)
             is_last, is_stopping = step == last, bool(done.signal)
-            held_out: HeldOut | None = None
             with interval.pause():
-                if self.held_out_set is not None and (self._is_evaluated(step) or is_last):
-                    self.watchdog.beat(f"evaluation after step {step}")
-                    held_out = self.held_out_loss(step)
+                held_out = self._held_out_loss(step) if self._is_evaluated(step) or is_last else None
             is_due = self._is_due(step)
             if is_due or is_last or is_stopping:
                 self.tracker.report(self._metrics(step, stop, consumed, interval, done, held_out))
@@ -190,11 +186,7 @@ class Trainer:
             saves_now = is_last or is_stopping or (is_save_due and not self.loss_history.skipped_in_row)
             with interval.pause():
                 if cfg.checkpoint.save and saves_now:
-                    self.watchdog.beat(f"save after step {step}")
-                    # copies, since a background save writes them later
-                    losses, auxiliary = list(interval.losses), deepcopy(interval.auxiliary)
-                    now = replace(progress, step=step, consumed_samples=consumed, losses=losses, auxiliary=auxiliary)
-                    saved = self._save(now)
+                    saved = self._save(replace(progress, step=step, consumed_samples=consumed), interval)
                     is_save_due = False
                 else:
                     self.saver.poll()
@@ -205,6 +197,11 @@ class Trainer:
         self.saver.close()
         return saved
 
+    def _report_growth(self, step: int, before: int, size: int) -> None:
+        """Log that the global batch grows with this step."""
+        self.tracker.note(f"step {step} | the global batch grows from {before} to {size} sequences")
+        self.tracker.event("batch size", step=step - 1, tokens_per_step=size * self.cfg.train.seq_length)
+
     def _report_start(self, step: int) -> None:
         """Log times up to the first step, and the kernels used."""
         self.times.end("first step")
@@ -214,13 +211,16 @@ class Trainer:
         for kernels in kernels_of(self.state.chunks):
             self.tracker.note(kernels)
 
-    def held_out_loss(self, step: int) -> HeldOut:
+    def _held_out_loss(self, step: int) -> HeldOut | None:
         """Compute the loss over the first `evaluation.batches` held-out global batches.
 
-        All tokens that count have the same weight. A batch without any is logged. The loss is NaN if none has one.
+        All tokens that count have the same weight. A batch without any is logged. The loss is NaN if none has one. None
+        without held-out data.
         """
+        if self.held_out_set is None:
+            return None
+        self.watchdog.beat(f"evaluation after step {step}")
         cfg, chunks = self.cfg, self.state.chunks
-        assert self.held_out_set is not None
         count, edges = cfg.evaluation.batches, position_edges(cfg.train.seq_length)
         size = cfg.train.global_batch_size
         batches = self._batches(self.held_out_set, 0, count * size)
@@ -369,9 +369,15 @@ class Trainer:
             auxiliary={name: sum(values) / len(values) for name, values in interval.auxiliary.items()},
         )
 
-    def _save(self, progress: Progress) -> Path:
+    def _save(self, progress: Progress, interval: Interval) -> Path:
+        self.watchdog.beat(f"save after step {progress.step}")
         progress = replace(
-            progress, wandb_id=self.tracker.wandb_id, health=asdict(self.loss_history), rng_ranks=current_rng_ranks()
+            progress,
+            losses=list(interval.losses),  # copies, since a background save writes them later
+            auxiliary=deepcopy(interval.auxiliary),
+            wandb_id=self.tracker.wandb_id,
+            health=asdict(self.loss_history),
+            rng_ranks=current_rng_ranks(),
         )
         with up_to_date_parameters(self.cfg, self.state.chunks):
             return self.saver.save(progress)
