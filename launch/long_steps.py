@@ -22,9 +22,9 @@ from s2train.command_line.messages import warn
 from s2train.command_line.program import run_command, settings_before_options, tokens
 from s2train.comparison.long_steps import Request, measure_all, serve_cases
 from s2train.comparison.long_steps_report import draw, table
-from s2train.comparison.runs import environment
 from s2train.comparison.stacks import stacks_to_compare
 from s2train.environment.hardware import detect_own
+from s2train.environment.provenance import environment
 from s2train.errors import ConfigError
 from s2train.files import output_stem
 

@@ -32,7 +32,7 @@ import _surroundings  # noqa: F401 (prints why the rest can't start)
 
 from s2train.command_line.messages import warn
 from s2train.command_line.program import option_name, run_command, settings_before_options, tokens
-from s2train.comparison.runs import environment
+from s2train.environment.provenance import environment
 from s2train.errors import ConfigError, TrainingError
 from s2train.files import check_writable, write_json
 from s2train.scaling import speed
