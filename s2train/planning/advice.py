@@ -6,7 +6,7 @@ from s2train.config import PretrainConfig
 from s2train.costs.memory import GIB
 from s2train.planning.memory_budget import MemoryBudget
 
-ROOM = 0.9  # share of a device's memory: predictions are within 10 %
+ROOM = 0.9  # share of a device's memory to plan for: predictions are within 10 %, and memory fragments
 RECOMPUTE = ("none", "selective", "mlp", "full")  # those that save more memory later
 
 

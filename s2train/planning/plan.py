@@ -17,7 +17,7 @@ from s2train.costs.stages import Balance, balance, layer_flops, pipeline_stages
 from s2train.costs.step_time import Prediction, predict_step
 from s2train.environment.hardware import Hardware
 from s2train.errors import ConfigError
-from s2train.planning.advice import memory_advice
+from s2train.planning.advice import ROOM, memory_advice
 from s2train.planning.layout_summary import LetterSummary, summarise
 from s2train.planning.memory_budget import MemoryBudget
 from s2train.planning.remedies import memory_remedy
@@ -67,8 +67,8 @@ class Plan:
 
     @property
     def fits_with_room(self) -> bool:
-        """Whether a tenth of the memory stays free, for fragmentation."""
-        return self.memory.total <= 0.9 * self.hardware.memory
+        """Whether it needs no more than `ROOM` of the memory."""
+        return self.memory.total <= ROOM * self.hardware.memory
 
 
 def make_plan(cfg: PretrainConfig, hybrid: HybridLayout, world_size: int, hardware: Hardware) -> Plan:
