@@ -50,8 +50,8 @@ def draw_heat_map(results: NeedleResults, path: Path, title: str = "Needle retri
         parts.append(f"{percent(score.share, 1)} % of {score.trials:,} answers exact")
     length = results.effective_length
     reached = f"effective length {_tokens(length)}" if length else "no effective length"
-    parts.append(f"\n{reached} ({100 * results.threshold:g} % or more)")
-    axes.set_title(" · ".join(parts).replace(" · \n", "\n"), fontsize=9, color="#555555")
+    subtitle = f"{' · '.join(parts)}\n{reached} ({100 * results.threshold:g} % or more)"
+    axes.set_title(subtitle, fontsize=9, color="#555555")
     bar = figure.colorbar(image, ax=axes, ticks=[0, 0.5, 1], pad=0.02)
     bar.ax.set_yticklabels(["0 %", "50 %", "100 %"])
     bar.outline.set_visible(False)
