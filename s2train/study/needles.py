@@ -20,7 +20,7 @@ _DOCUMENTS = RECIPE[-2]  # of the recipe for 128k tokens, made as long as a phas
 
 
 def needle_blend(folders: Folders, phase: Phase) -> str:
-    """Value of data.path: the documents of all sources, by weight."""
+    """Return the value of data.path: documents of all sources, by weight."""
     parts = (f"{weight},{_prefix(folders, phase, source)}" for source, weight in _DOCUMENTS.blend)
     return f"[{','.join(parts)}]"
 
@@ -80,7 +80,7 @@ def _prefix(folders: Folders, phase: Phase, source: str) -> Path:
 
 
 def needle_command(folders: Folders, run: Run) -> list[str]:
-    """How a run's last checkpoint is asked for needles."""
+    """Return the command that asks a run's last checkpoint for needles."""
     length = PHASES[run.phase].length
     settings = evaluation_settings(folders.run(run), [length // 4, length // 2, length], TRIALS, _output(folders, run))
     return [folders.program("needle.py"), *settings, f"task=[{','.join(TASKS)}]"]

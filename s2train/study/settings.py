@@ -30,7 +30,7 @@ class Recipe:
 
 
 def corpus_command(folders: Folders, tree: Path) -> list[str]:
-    """How the tree becomes train.jsonl and held-out.jsonl."""
+    """Return the command that makes train.jsonl and held-out.jsonl of a tree."""
     return [folders.program("make_corpus.py"), f"tree={tree}", f"output={folders.corpus}"]
 
 
@@ -51,19 +51,19 @@ def data_commands(folders: Folders) -> list[tuple[Path, list[str]]]:
 
 
 def steps_of(run: Run, recipe: Recipe) -> tuple[int, int]:
-    """Steps before the run's phase, and at its end."""
+    """Return the steps before the run's phase, and at its end."""
     phase = PHASES[run.phase]
     before = 0 if run.before is None or phase.weights_only else steps_of(run.before, recipe)[1]
     return before, before + -(-phase.tokens // recipe.batch_tokens)
 
 
 def sequences_of(phase: Phase, recipe: Recipe) -> int:
-    """Sequences of a step."""
+    """Return the sequences of a step."""
     return max(1, recipe.batch_tokens // phase.length)
 
 
 def train_settings(folders: Folders, run: Run, recipe: Recipe, gpus: int = 1) -> list[str]:
-    """Settings of launch/pretrain.py for a run on `gpus` GPUs."""
+    """Return settings of launch/pretrain.py for a run on `gpus` GPUs."""
     phase = PHASES[run.phase]
     before, last = steps_of(run, recipe)
     sequences = sequences_of(phase, recipe)
@@ -114,7 +114,7 @@ def micro_batch(length: int, sequences: int, gpus: int) -> int:
 
 
 def data_settings(folders: Folders, phase: Phase) -> list[str]:
-    """Settings that name the study's data."""
+    """Return the settings that name the study's data."""
     return [
         f"data.path={needle_blend(folders, phase) if phase.needles else folders.train_data}",
         f"data.valid_path={folders.held_out_data}",
@@ -124,7 +124,7 @@ def data_settings(folders: Folders, phase: Phase) -> list[str]:
 
 
 def train_command(folders: Folders, settings: Sequence[str], gpus: int) -> list[str]:
-    """How a run is started on `gpus` GPUs."""
+    """Return the command that starts a run on `gpus` GPUs."""
     program = [folders.program("pretrain.py"), *settings]
     return program if gpus == 1 else [folders.program("job.py"), "--nproc-per-node", str(gpus), *program]
 
@@ -138,7 +138,7 @@ def run_documents(folders: Folders, run: Run, recipe: Recipe) -> list[Documents]
 
 
 def probes_command(folders: Folders, run: Run) -> list[str]:
-    """How a run's last checkpoint is probed."""
+    """Return the command that probes a run's last checkpoint."""
     length = PHASES[run.phase].length
     return [
         folders.program("probes.py"),

@@ -17,7 +17,7 @@ from s2train.environment.provenance import environment
 from s2train.errors import ConfigError
 from s2train.files import write_json
 from s2train.study.files import Folders
-from s2train.study.settings import HELD_OUT_TOKENS, Recipe, data_settings, micro_batch
+from s2train.study.settings import HELD_OUT_TOKENS, Recipe, data_settings, micro_batch, sequences_of
 from s2train.study.variants import PHASES, SEEDS, attention_settings
 from s2train.training.records import read_curves
 
@@ -43,7 +43,7 @@ class Trial:
     def settings(self, folders: Folders, gpus: int = 1) -> list[str]:
         """Settings of launch/pretrain.py; the held-out loss is measured at the end."""
         phase = PHASES[PHASE]
-        sequences = max(1, self.recipe.batch_tokens // phase.length)
+        sequences = sequences_of(phase, self.recipe)
         return [
             *phase.model,
             "model.name=dense",
@@ -73,7 +73,7 @@ def claimed(folders: Folders, trial: Trial) -> Iterator[bool]:
     A trial is not run if it is finished, or another process runs it.
     """
     with claim(folders.root / "sweep" / f"{trial.name}.lock") as is_free:
-        yield is_free and trial.name not in {row["name"] for row in read(folders)}
+        yield is_free and trial.name not in finished(folders)
 
 
 def running(folders: Folders) -> list[str]:
@@ -81,7 +81,7 @@ def running(folders: Folders) -> list[str]:
     names = []
     for trial in map(Trial, GRID):
         with claimed(folders, trial) as is_due:
-            if not is_due and trial.name not in {row["name"] for row in read(folders)}:
+            if not is_due and trial.name not in finished(folders):
                 names.append(trial.name)
     return names
 
@@ -103,8 +103,13 @@ def record(folders: Folders, trial: Trial) -> None:
         write_json(folders.sweep, content)
 
 
+def finished(folders: Folders) -> set[str]:
+    """Return the names of trials that have a result."""
+    return {row["name"] for row in read(folders)}
+
+
 def read(folders: Folders) -> list[dict[str, Any]]:
-    """Finished trials."""
+    """Read the results of finished trials."""
     if not folders.sweep.is_file():
         return []
     trials: list[dict[str, Any]] = json.loads(folders.sweep.read_text())["trials"]
@@ -118,7 +123,7 @@ def chosen(folders: Folders) -> Recipe:
         ConfigError: trials are missing, or all losses are.
     """
     rows = read(folders)
-    missing = [trial.name for trial in map(Trial, GRID) if trial.name not in {row["name"] for row in rows}]
+    missing = [trial.name for trial in map(Trial, GRID) if trial.name not in finished(folders)]
     finite = [row for row in rows if row["held_out_loss"] is not None]
     if missing or not finite:
         problem = f"{folders.sweep} lacks {len(missing) or len(rows)} of {len(GRID)} trials"
