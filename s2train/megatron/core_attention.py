@@ -308,13 +308,9 @@ class CausalCoreAttention(KindWeights, MegatronModule):
         step = self.step if each_step else 0
         return stateless_seed(self.seed, step, self.layer_number, self.heads[0] + head, purpose)
 
-    def random_generator(
-        self, head: int, device: torch.device, purpose: str = "", *, each_step: bool = True
-    ) -> torch.Generator:
+    def random_generator(self, head: int, device: torch.device) -> torch.Generator:
         """Return a torch generator seeded with `random_seed`."""
-        generator = torch.Generator(device)
-        generator.manual_seed(self.random_seed(head, purpose, each_step=each_step))
-        return generator
+        return torch.Generator(device).manual_seed(self.random_seed(head))
 
     def add_loss(self, out: torch.Tensor, name: str, loss: torch.Tensor) -> torch.Tensor:
         """Attach an auxiliary loss to `out` and log it.
