@@ -157,8 +157,8 @@ def measure_scorer(core: BlockSelectionCoreAttention, leaves: list[Tensor], cloc
     size, length = core.layer_layout.block_size, query.shape[0]
     count = core.layer_layout.num_blocks(length)
     with torch.no_grad():
-        speakers, features = core.speakers(query), core.features(key)
-        indices = core.lists(speakers, features, 0, features.shape[1])
+        block_queries, features = core.block_queries(query), core.features(key)
+        indices = core.lists(block_queries, features, 0, features.shape[1])
     layout = core.layout_of(indices, query, 0)
     at = sampled_positions(length, core.kind.settings.sampled_rows, 1, query.device)
 
@@ -169,9 +169,9 @@ def measure_scorer(core: BlockSelectionCoreAttention, leaves: list[Tensor], cloc
         return op(core.layout_of(indices, query, 0))
 
     phases: dict[str, Callable[[], object]] = {
-        "pool queries": lambda: core.speakers(query),
+        "pool queries": lambda: core.block_queries(query),
         "pool keys": lambda: pooled_keys(core, key),
-        "scores and selection": lambda: core.lists(speakers, features, 0, features.shape[1]),
+        "scores and selection": lambda: core.lists(block_queries, features, 0, features.shape[1]),
         "target": lambda: row_mass(query[at], key, at, size, core.softmax_scale),
     }
     found: Record = {}

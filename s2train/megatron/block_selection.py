@@ -103,9 +103,8 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
         if query_offset:
             return self.attend_later(query, key, value, query_offset)
         with torch.set_grad_enabled(self.learns):
-            chosen_by = (query, key) if self.kind.settings.trunk_gradient else (query.detach(), key.detach())
-            speakers, features = self.speakers(chosen_by[0]), self.features(chosen_by[1])
-        return self.attend_parts([QueryPart(query, 0)], key, value, speakers, features)
+            block_queries, features = self.block_queries(self._for_scorer(query)), self.features(self._for_scorer(key))
+        return self.attend_parts([QueryPart(query, 0)], key, value, block_queries, features)
 
     def attend_across_ranks(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Compute attention of this context parallel rank's two chunks, as `attend`.
@@ -114,16 +113,19 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
         """
         group, size = self.cp_group, self.layer_layout.block_size
         with torch.set_grad_enabled(self.learns):
-            chosen_by = (query, key) if self.kind.settings.trunk_gradient else (query.detach(), key.detach())
-            pooled = self.pooled_queries(chosen_by[0]), pooled_keys(self, chosen_by[1])
+            pooled = self.pooled_queries(self._for_scorer(query)), pooled_keys(self, self._for_scorer(key))
             of_blocks, features = (gather_sequence(x.transpose(0, 1), group).transpose(0, 1) for x in pooled)
-            speakers = self.speakers_of(of_blocks, features.shape[1])
+            block_queries = self.block_queries_of(of_blocks, features.shape[1])
         key, value = gather_sequence(key, group), gather_sequence(value, group)
         tokens = len(query) // 2
         assert tokens % size == 0, "context parallel splits a block"
         chunks = zip(chunk_ids(group.rank(), group.size()), query.chunk(2), strict=True)
         parts = [QueryPart(part, chunk * tokens) for chunk, part in chunks]
-        return self.attend_parts(parts, key, value, speakers, features)
+        return self.attend_parts(parts, key, value, block_queries, features)
+
+    def _for_scorer(self, x: Tensor) -> Tensor:
+        """Detach queries or keys unless the trunk learns from the scorer."""
+        return x if self.kind.settings.trunk_gradient else x.detach()
 
     def attend_later(self, query: Tensor, key: Tensor, value: Tensor, query_offset: int) -> Tensor:
         """Compute attention of a prompt's chunk over cached keys and itself."""
@@ -139,20 +141,20 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
         return self.mixed(out, query, value)
 
     def attend_parts(
-        self, parts: Sequence[QueryPart], key: Tensor, value: Tensor, speakers: Tensor, features: Tensor
+        self, parts: Sequence[QueryPart], key: Tensor, value: Tensor, block_queries: Tensor, features: Tensor
     ) -> Tensor:
         """Compute attention of parts of a sequence, and attach the scorer's losses.
 
         Args:
             key, value: [s, b, h_kv, d], of the whole sequence.
-            speakers, features: of all blocks, as `speakers` and `features` return them.
+            block_queries, features: of all blocks, as `block_queries` and `features` return them.
         """
         size, lses = self.layer_layout.block_size, list[Tensor]()
         outs, lists = [], list[Tensor]()
         for part in parts:
             if not self.warms_up:
                 first, end = part.offset // size, self.layer_layout.num_blocks(part.end)
-                lists.append(self.lists(speakers, features, first, end))
+                lists.append(self.lists(block_queries, features, first, end))
             out, lse = self.attend_part(part, key[: part.end], value[: part.end], lists[-1] if lists else None)
             outs.append(out)
             if lse is not None:
@@ -162,8 +164,8 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
             return out
         detached, key = [QueryPart(part.query.detach(), part.offset) for part in parts], key.detach()
         if self.warms_up:
-            return learn_from_all(self, out, detached, key, lses, speakers, features)
-        return learn_from_sampled(self, out, detached, key, speakers, features, joined(lists, 2))
+            return learn_from_all(self, out, detached, key, lses, block_queries, features)
+        return learn_from_sampled(self, out, detached, key, block_queries, features, joined(lists, 2))
 
     def attend_part(
         self, part: QueryPart, key: Tensor, value: Tensor, indices: Tensor | None
@@ -213,9 +215,9 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
 
     def cached_reads(self, kv: AttentionCache, block: int, page_bytes: int) -> int:
         pages = self.kind.budget.num_kept(block) * page_bytes + page_bytes // 2  # its own block's keys once more
-        speakers, features = kv.state["speakers"][0], kv.state["features"][0]
+        block_queries, features = kv.state["block_queries"][0], kv.state["features"][0]
         rows = self.kind.scorer.earlier_rows + 1
-        state = features.nbytes + rows * speakers[0].nbytes
+        state = features.nbytes + rows * block_queries[0].nbytes
         if self.kind.settings.mix_mean:
             state += kv.state["value_sums"][0].nbytes
         return self.num_kv_heads * pages + state
@@ -244,13 +246,15 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
         return self.taught
 
     @torch.no_grad()
-    def lists(self, speakers: Tensor, features: Tensor, first: int, end: int, scores: Tensor | None = None) -> Tensor:
+    def lists(
+        self, block_queries: Tensor, features: Tensor, first: int, end: int, scores: Tensor | None = None
+    ) -> Tensor:
         """Select key blocks for query blocks [first, end).
 
         The result is int32 [b, h_kv, end - first, slots].
 
         Args:
-            speakers, features: those of the whole sequence.
+            block_queries, features: those of the whole sequence.
             scores: of these rows, from the scorer's `head_scores`; None: computed for a chunk of rows at a time.
         """
         scorer, budget, count = self.kind.scorer, self.kind.budget, features.shape[1]
@@ -260,7 +264,7 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
             if scores is None:
                 around = slice(max(0, start - scorer.earlier_rows), stop)
                 found = scorer.head_scores(
-                    speakers[:, around], features[:, :stop], candidates[:, :, around, :stop], self.weight
+                    block_queries[:, around], features[:, :stop], candidates[:, :, around, :stop], self.weight
                 )[..., start - around.start :, :]
             else:
                 found = scores[..., start - first : stop - first, :stop]
@@ -286,13 +290,13 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
         missing = self.layer_layout.num_blocks(key.shape[0]) - found.shape[1]
         return torch.nn.functional.pad(found, (0, 0, 0, 0, 0, missing))
 
-    def speakers(self, query: Tensor) -> Tensor:
-        """Pool the queries that choose for each block: [b, n, h, d].
+    def block_queries(self, query: Tensor) -> Tensor:
+        """Pool the query that chooses for each block: [b, n, h, d].
 
         The tokens of a query block are never pooled together to choose for it.
         """
         count = self.layer_layout.num_blocks(query.shape[0])
-        return self.speakers_of(self.pooled_queries(query), count)
+        return self.block_queries_of(self.pooled_queries(query), count)
 
     def pooled_queries(self, query: Tensor) -> Tensor:
         """Take each block's first query, or each complete block's mean.
@@ -304,7 +308,7 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
             return query[::size].transpose(0, 1).to(precise(query.dtype))
         return whole_blocks(query, size).mean(2, dtype=precise(query.dtype))
 
-    def speakers_of(self, pooled: Tensor, count: int) -> Tensor:
+    def block_queries_of(self, pooled: Tensor, count: int) -> Tensor:
         """Give each of `count` blocks the pooled query that chooses for it.
 
         A mean chooses for the block after its own; none chooses for the first.

@@ -41,15 +41,15 @@ def empty_state(
 ) -> dict[str, Tensor]:
     """Make the state of an empty cache.
 
-    speakers: [b, num_blocks + 1, h, d], the query that chooses for each query block; with `queries=previous_block` the
-    sum so far of the block before, over the block size. features: [b, num_blocks, h_kv, f], as pooled. value_sums:
+    block_queries: [b, num_blocks + 1, h, d], the query that chooses for each query block; with `queries=previous_block`
+    the sum so far of the block before, over the block size. features: [b, num_blocks, h_kv, f], as pooled. value_sums:
     [b, h_kv, d], of all tokens so far, where the output is mixed with their mean.
     """
     dim, heads = core.shape.head_dim, core.heads[1] - core.heads[0]
     dtype = precise(core.params_dtype)
     size = core.kind.scorer.feature_size(dim)
     state = {
-        "speakers": torch.zeros(batch_size, num_blocks + 1, heads, dim, dtype=dtype, device=device),
+        "block_queries": torch.zeros(batch_size, num_blocks + 1, heads, dim, dtype=dtype, device=device),
         "features": torch.zeros(batch_size, num_blocks, core.num_kv_heads, size, dtype=dtype, device=device),
     }
     if core.kind.settings.mix_mean:
@@ -77,14 +77,14 @@ def keep_chunk(
         sums = kv.state["value_sums"]
         earlier = sums.clone() if chunk.start else torch.zeros_like(sums)
         sums.copy_(earlier + value.to(sums.dtype).masked_fill(~written[..., None, None], 0).sum(0))
-    features, speakers = pooled_keys(core, key), kv.state["speakers"]
+    features, block_queries = pooled_keys(core, key), kv.state["block_queries"]
     kv.state["features"][:, first : first + features.shape[1]] = features
     if core.kind.settings.queries == FIRST_TOKEN:
-        speakers[:, first : first + count] = query[::size].transpose(0, 1).to(speakers.dtype)
+        block_queries[:, first : first + count] = query[::size].transpose(0, 1).to(block_queries.dtype)
         return
-    sums = query.to(speakers.dtype).masked_fill(~written[..., None, None], 0)
+    sums = query.to(block_queries.dtype).masked_fill(~written[..., None, None], 0)
     sums = torch.nn.functional.pad(sums, (0, 0, 0, 0, 0, 0, 0, count * size - len(sums)))
-    speakers[:, first + 1 : first + 1 + count] = whole_blocks(sums, size).sum(2) / size
+    block_queries[:, first + 1 : first + 1 + count] = whole_blocks(sums, size).sum(2) / size
 
 
 def keep_token(core: "BlockSelectionCoreAttention", kv: AttentionCache, query: Tensor) -> None:
@@ -98,13 +98,13 @@ def keep_token(core: "BlockSelectionCoreAttention", kv: AttentionCache, query: T
     # a block's feature counts once the block is complete; until then nobody selects it
     own = kv.own_blocks().transpose(1, 2)[:, None]  # [b, 1, B, h_kv, d]
     kv.state["features"][sequence, block] = core.kind.scorer.pool_keys(own, core.weight)[:, 0]
-    speakers = kv.state["speakers"]
-    new = query[0].to(speakers.dtype)
+    block_queries = kv.state["block_queries"]
+    new = query[0].to(block_queries.dtype)
     if core.kind.settings.queries == FIRST_TOKEN:
         begins = (position % size == 0)[:, None, None]
-        speakers[sequence, block] = torch.where(begins, new, speakers[sequence, block])
+        block_queries[sequence, block] = torch.where(begins, new, block_queries[sequence, block])
     else:
-        speakers[sequence, block + 1] += new / size
+        block_queries[sequence, block + 1] += new / size
 
 
 def mean_with_token(kv: AttentionCache, value: Tensor) -> Tensor:
@@ -124,12 +124,13 @@ def cached_lists(core: "BlockSelectionCoreAttention", kv: AttentionCache, rows: 
     are scored too, as far as a row's scores depend on them.
     """
     scorer, budget = core.kind.scorer, core.kind.budget
-    speakers, features = kv.state["speakers"], kv.state["features"][:, :num_blocks]
+    block_queries, features = kv.state["block_queries"], kv.state["features"][:, :num_blocks]
     earlier = torch.arange(-scorer.earlier_rows, 0, device=rows.device)
     around = torch.cat([rows[..., :1] + earlier, rows], -1)
-    at = around.clamp(min=0)[:, 0, :, None, None].expand(len(speakers), -1, *speakers.shape[2:])
+    at = around.clamp(min=0)[:, 0, :, None, None].expand(len(block_queries), -1, *block_queries.shape[2:])
     candidates = budget.candidates(around, num_blocks)
-    found = scorer.head_scores(speakers.gather(1, at), features, candidates, core.weight)[..., scorer.earlier_rows :, :]
+    found = scorer.head_scores(block_queries.gather(1, at), features, candidates, core.weight)
+    found = found[..., scorer.earlier_rows :, :]
     slots = budget.most_chosen(num_blocks)
     return select(found, rows, budget, slots, normalize=scorer.normalizes, backend=core.backend)
 

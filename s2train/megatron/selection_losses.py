@@ -47,7 +47,7 @@ def learn_from_all(
     parts: Sequence[QueryPart],
     key: Tensor,
     lses: Sequence[Tensor],
-    speakers: Tensor,
+    block_queries: Tensor,
     features: Tensor,
 ) -> Tensor:
     """Attach the losses of all rows of a dense step, as `learn`.
@@ -73,10 +73,10 @@ def learn_from_all(
         if core.learns:
             start = max(0, first - scorer.earlier_rows)
             candidates = budget.candidates(every[None, None, start:end], num_blocks)
-            of_heads = scorer.head_scores(speakers[:, start:end], features, candidates, core.weight)
+            of_heads = scorer.head_scores(block_queries[:, start:end], features, candidates, core.weight)
             of_heads, candidates = of_heads[..., first - start :, :], candidates[..., first - start :, :]
             scores.append(combine_heads(of_heads, candidates, scorer.normalizes))
-        lists.append(core.lists(speakers, features, first, end, of_heads))
+        lists.append(core.lists(block_queries, features, first, end, of_heads))
     of_parts = joined(scores, 2) if scores else None
     return learn(core, out, joined(targets, 2), of_parts, joined(lists, 2), joined(rows, 0), joined(shares, 0))
 
@@ -100,7 +100,7 @@ def learn_from_sampled(
     out: Tensor,
     parts: Sequence[QueryPart],
     key: Tensor,
-    speakers: Tensor,
+    block_queries: Tensor,
     features: Tensor,
     indices: Tensor,
 ) -> Tensor:
@@ -123,7 +123,7 @@ def learn_from_sampled(
     if target is None:
         target = row_mass(joined(queries, 0), key, at, size, core.softmax_scale)
     rows = at // size
-    scores = scores_of(core, rows, speakers, features) if core.learns else None
+    scores = scores_of(core, rows, block_queries, features) if core.learns else None
     share = torch.full((len(at),), 1 / len(at), device=key.device)
     return learn(core, out, target, scores, indices[:, :, joined(places, 0)], rows, share)
 
@@ -134,7 +134,7 @@ def drawn_positions(core: "BlockSelectionCoreAttention", length: int, device: to
     return sampled_positions(length, core.kind.settings.sampled_rows, seed, device)
 
 
-def scores_of(core: "BlockSelectionCoreAttention", rows: Tensor, speakers: Tensor, features: Tensor) -> Tensor:
+def scores_of(core: "BlockSelectionCoreAttention", rows: Tensor, block_queries: Tensor, features: Tensor) -> Tensor:
     """Score key blocks for query blocks `rows` [r]: [b, h_kv, r, n].
 
     The rows before each, on which its scores depend, are scored with it.
@@ -142,7 +142,7 @@ def scores_of(core: "BlockSelectionCoreAttention", rows: Tensor, speakers: Tenso
     scorer, earlier = core.kind.scorer, core.kind.scorer.earlier_rows
     around = (rows[:, None] + torch.arange(-earlier, 1, device=rows.device)).flatten()
     candidates = core.kind.budget.candidates(around[None, None], features.shape[1])
-    found = block_scores(scorer, speakers[:, around.clamp_min(0)], features, candidates, core.weight)
+    found = block_scores(scorer, block_queries[:, around.clamp_min(0)], features, candidates, core.weight)
     return found[:, :, earlier :: earlier + 1]
 
 

@@ -21,7 +21,7 @@ def candidates(core: CausalCoreAttention, block: int) -> list[int]:
     return [c for c in range(block) if own.sinks <= c <= block - own.window]
 
 
-def _speaker(core: CausalCoreAttention, query: Tensor, block: int) -> Tensor:
+def _block_query(core: CausalCoreAttention, query: Tensor, block: int) -> Tensor:
     """[h, d] of one sequence [s, h, d]."""
     size = core.layer_layout.block_size
     if core.layer_layout.kind.settings.queries == "first_token":
@@ -30,12 +30,12 @@ def _speaker(core: CausalCoreAttention, query: Tensor, block: int) -> Tensor:
 
 
 def _head_scores(
-    core: CausalCoreAttention, weights: dict[str, Tensor], speaker: Tensor, keys: Tensor, g: int
+    core: CausalCoreAttention, weights: dict[str, Tensor], block_query: Tensor, keys: Tensor, g: int
 ) -> Tensor:
     """One number for each query head of KV head `g`, for one block of keys [B, d]: [group]."""
-    name, dim = core.layer_layout.kind.settings.scorer, speaker.shape[-1]
-    group = len(speaker) // core.num_kv_heads
-    mine = speaker[g * group : (g + 1) * group]
+    name, dim = core.layer_layout.kind.settings.scorer, block_query.shape[-1]
+    group = len(block_query) // core.num_kv_heads
+    mine = block_query[g * group : (g + 1) * group]
     if name == "moba":
         return mine @ keys.mean(0) * dim**-0.5
     if name == "index":
@@ -53,11 +53,11 @@ def scores(core: CausalCoreAttention, weights: dict[str, Tensor], query: Tensor,
     count, group = core.layer_layout.num_blocks(len(query)), query.shape[1] // key.shape[1]
     per_head = query.new_full((query.shape[1], count, count), NONE)
     for block in range(count):
-        speaker = _speaker(core, query, block)
+        block_query = _block_query(core, query, block)
         for c in candidates(core, block):
             keys = key[c * size : (c + 1) * size]
             for g in range(key.shape[1]):
-                found = _head_scores(core, weights, speaker, keys[:, g], g)
+                found = _head_scores(core, weights, block_query, keys[:, g], g)
                 per_head[g * group : (g + 1) * group, block, c] = found
     grouped = per_head.unflatten(0, (key.shape[1], group))
     if kind.settings.scorer == "index":

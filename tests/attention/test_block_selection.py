@@ -47,16 +47,18 @@ class Layer:
         count = -(-len(query) // BLOCK)
         rows = torch.arange(count)[None, None]
         if self.queries == "first_token":
-            speakers = query[::BLOCK]
+            block_queries = query[::BLOCK]
         else:
             means = [query[i * BLOCK : (i + 1) * BLOCK].mean(0) for i in range(count - 1)]
-            speakers = torch.stack([torch.zeros_like(means[0]), *means])
+            block_queries = torch.stack([torch.zeros_like(means[0]), *means])
         whole = len(key) // BLOCK
         blocks = key[: whole * BLOCK].unflatten(0, (whole, BLOCK)).permute(2, 0, 1, 3, 4)
         features = self.scorer.pool_keys(blocks, self.weights.__getitem__)
         features = torch.nn.functional.pad(features, (0, 0, 0, 0, 0, count - whole))
         candidates = self.budget.candidates(rows, count)
-        scores = block_scores(self.scorer, speakers.transpose(0, 1), features, candidates, self.weights.__getitem__)
+        scores = block_scores(
+            self.scorer, block_queries.transpose(0, 1), features, candidates, self.weights.__getitem__
+        )
         return select(scores[:, :, None], rows, self.budget, self.budget.most_chosen(count))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -146,12 +148,12 @@ def test_rows_without_a_past_give_finite_gradients(scorer: str) -> None:
     weights = {name: value.requires_grad_() for name, value in layer.weights.items()}
     candidates = layer.budget.candidates(torch.arange(3)[None, None], 3)
     features = layer.scorer.pool_keys(torch.randn(1, 3, BLOCK, 2, 8, dtype=torch.float64), weights.__getitem__)
-    speakers = torch.randn(1, 3, 4, 8, dtype=torch.float64, requires_grad=True)
-    scores = block_scores(layer.scorer, speakers, features, candidates, weights.__getitem__)
+    block_queries = torch.randn(1, 3, 4, 8, dtype=torch.float64, requires_grad=True)
+    scores = block_scores(layer.scorer, block_queries, features, candidates, weights.__getitem__)
     target = torch.rand(1, 2, 3, 3, dtype=torch.float64)
     (kl_divergence(scores, target, candidates).sum() + squared_error(scores, target, candidates).sum()).backward()
-    assert speakers.grad is not None
-    assert all(bool(x.grad.isfinite().all()) for x in (speakers, *weights.values()) if x.grad is not None)
+    assert block_queries.grad is not None
+    assert all(bool(x.grad.isfinite().all()) for x in (block_queries, *weights.values()) if x.grad is not None)
 
 
 def test_the_probability_of_sampled_queries_is_that_of_dense_attention() -> None:

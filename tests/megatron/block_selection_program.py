@@ -277,15 +277,15 @@ def in_chunks() -> dict[str, bool]:
     for name in ("moba", "index", "sea"):
         core = make(scorer=name, sinks=1)[2].double()
         query, key, _ = (x.double() for x in inputs())
-        speakers, features = core.speakers(query), core.features(key)
-        whole = core.lists(speakers, features, 0, features.shape[1])
+        block_queries, features = core.block_queries(query), core.features(key)
+        whole = core.lists(block_queries, features, 0, features.shape[1])
         for rows in (1, 2, 3):
             with mock.patch.object(lists, "_CHUNK_ROWS", rows):
-                found[f"{name}, {rows}"] = torch.equal(core.lists(speakers, features, 0, features.shape[1]), whole)
+                found[f"{name}, {rows}"] = torch.equal(core.lists(block_queries, features, 0, features.shape[1]), whole)
                 candidates = core.kind.budget.candidates(torch.arange(whole.shape[2])[None, None], features.shape[1])
-                scores = core.kind.scorer.head_scores(speakers, features, candidates, core.weight)
+                scores = core.kind.scorer.head_scores(block_queries, features, candidates, core.weight)
                 found[f"{name}, {rows}, scored"] = torch.equal(
-                    core.lists(speakers, features, 0, features.shape[1], scores), whole
+                    core.lists(block_queries, features, 0, features.shape[1], scores), whole
                 )
     return found
 
