@@ -175,7 +175,7 @@ class BlockLayout:
 
     @property
     def calls(self) -> dict[Any, Call]:
-        """Recent sorts of calls with this layout."""
+        """Recent calls with this layout, by their arguments."""
         kept: dict[Any, Call] = self.cache.setdefault("calls", {})
         return kept
 

@@ -76,9 +76,9 @@ class DenseCase:
 
 def _check_cases() -> list[DenseCase]:
     found = []
-    sorts = [("bfloat16", 128), ("bfloat16", 64), ("float16", 128)]
+    shapes = [("bfloat16", 128), ("bfloat16", 64), ("float16", 128)]
     kinds: tuple[Kind, ...] = ("whole", "later", "documents")
-    for kind, (dtype, dim), kv_heads, deterministic in product(kinds, sorts, (2, 8), (False, True)):
+    for kind, (dtype, dim), kv_heads, deterministic in product(kinds, shapes, (2, 8), (False, True)):
         if dtype == "float16" and (kv_heads == 8 or deterministic):
             continue
         queries, batch = {"whole": (1100, 2), "later": (300, 2), "documents": (1100, 1)}[kind]

@@ -109,10 +109,9 @@ class BlockCoreAttention(CausalCoreAttention):
         query_offset: int,
         return_lse: bool,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Run the sparse op, and remember the kernels of the first call."""
         if self.kernels is None:
-            self.kernels = kernels_in_use(
-                query, key, value, layout, query_offset=query_offset, backend=self.backend
-            )  # fmt: skip
+            self.kernels = kernels_in_use(query, key, value, layout, query_offset=query_offset, backend=self.backend)
         scale, backend = self.softmax_scale, self.backend
         if return_lse:
             return block_sparse_attention(
@@ -200,14 +199,14 @@ class DenseCoreAttention(BlockCoreAttention):
         """
         deterministic = torch.are_deterministic_algorithms_enabled()
         shapes = (query.shape[1:], key.shape[1:], query.stride(), value.stride())
-        sort = (kind, query.dtype, *shapes, deterministic, dense_order(kind, key.shape[0]))
-        if sort in self._chosen:
-            return self._chosen[sort]
+        call = (kind, query.dtype, *shapes, deterministic, dense_order(kind, key.shape[0]))
+        if call in self._chosen:
+            return self._chosen[call]
         choice = choose_kernels(
             kind, query, key, value, query_offset, bounds, self.implementation, self.backend,
             lambda: self.full_layout(key),
         )  # fmt: skip
-        self._chosen[sort] = choice
+        self._chosen[call] = choice
         self.choices.setdefault(kind, choice)
         return choice
 
@@ -261,6 +260,6 @@ def kernels_of(models: Iterable[torch.nn.Module]) -> list[str]:
         if isinstance(layer, DenseCoreAttention):
             lines |= dict.fromkeys(f"dense attention, {choice}" for choice in layer.choices.values())
         if layer.kernels is not None:
-            sort = "dense" if isinstance(layer, DenseCoreAttention) else "sparse"
-            lines[f"{sort} attention: {layer.kernels}"] = None
+            kind = "dense" if isinstance(layer, DenseCoreAttention) else "sparse"
+            lines[f"{kind} attention: {layer.kernels}"] = None
     return list(lines)

@@ -14,7 +14,7 @@ _CLUSTERS, _NORM, _SPREAD = 32, 8.5, 0.3  # most of a query's mass is on keys of
 
 @dataclass(frozen=True)
 class Inputs:
-    """Queries, keys and values [s, b, h, d] of one sort."""
+    """Queries, keys and values [s, b, h, d] to measure errors on."""
 
     name: str
     query: Tensor

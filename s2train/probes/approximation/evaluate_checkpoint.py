@@ -163,11 +163,11 @@ def diagnose(
             norms += [column_norms.columns(layer, n, one) for n, one in zip(lengths, found, strict=True)]
         heads, dim = cfg.model.num_attention_heads, model.gpt.config.kv_channels
         assert dim is not None
-        sorts = [one.on(model.device) for one in synthetic(source.length, heads, dim, cfg.seed)]
+        cases = [one.on(model.device) for one in synthetic(source.length, heads, dim, cfg.seed)]
         for layer, own in inputs.items():
             query, key, value = (x[:, :1].float() for x in (own.query, own.key, own.value))
-            sorts.append(Inputs(f"layer {layer}", query, key, value, own.scale))
-        measured = [one for sort in sorts for one in errors(sort, kind.op_settings, samples, draws)]
+            cases.append(Inputs(f"layer {layer}", query, key, value, own.scale))
+        measured = [one for case in cases for one in errors(case, kind.op_settings, samples, draws)]
     content = {
         "checkpoint": str(path),
         "weights": weights_fingerprint(path),
