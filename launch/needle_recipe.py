@@ -207,6 +207,58 @@ def phase_costs(root: Path, variant: str, number: int) -> ModelCosts:
     return model_costs(cfg.model, hybrid_layout(cfg), cfg.train.seq_length)
 
 
+def train(root: Path, variant: str, last: int, settings: Sequence[str], deadline: Deadline) -> None:
+    """Train the phases up to `last` that are not trained."""
+    if not tokenizer(root).is_file():
+        sys.exit(f"no data in {root}: first run python launch/needle_recipe.py data --root {root}")
+    if settings and (problem := trained_otherwise(root, variant, last, settings)):
+        sys.exit(problem)
+    for number in range(last + 1):
+        if not is_trained(root, variant, number):
+            deadline.run([*train_command(root, variant, number), *settings], record_file(root, variant))
+
+
+def extend(root: Path, variant: str, settings: Sequence[str], deadline: Deadline) -> None:
+    """Extend the first phase to longer sequences, evaluated before and after."""
+    if not is_trained(root, variant, 0):
+        remedy = f"{train_first(root, variant)} --longest {PHASES[0].length}"
+        sys.exit(f"the first phase of {variant} is not trained: {remedy}")
+    indices = [data_index(root, PHASES[1], name) for name, _ in PHASES[1].blend]
+    if missing := [path for path in indices if not path.is_file()]:
+        remedy = f"run python launch/needle_recipe.py data --root {root} --longest {PHASES[1].length}"
+        sys.exit(f"no {missing[0].name} in {missing[0].parent}: first {remedy}")
+    before, continued, after = extend_commands(root, variant)
+    for command in (before, [*continued, *settings], after):
+        deadline.run(command, record_file(root, variant))
+
+
+def curve(root: Path, variant: str, last: int, deadline: Deadline) -> None:
+    """Evaluate every checkpoint of the phases up to `last`."""
+    folders = [run_folder(root, variant, number) / "checkpoints" for number in range(last + 1)]
+    checkpoints = [path for folder in folders for path in sorted(folder.glob("iter_*"))]
+    if not checkpoints:
+        sys.exit(f"no checkpoint of {variant} in {root}: {train_first(root, variant)}")
+    deadline.run_together(curve_commands(checkpoints), 6)  # on one GPU: start-up dominates
+
+
+def evaluate(root: Path, variant: str, last: int, longest: int, deadline: Deadline) -> None:
+    """Evaluate the last trained phase, over `GRID` up to `longest` tokens."""
+    trained = [number for number in range(last + 1) if is_trained(root, variant, number)]
+    if not trained:
+        sys.exit(f"no phase of {variant} is trained: {train_first(root, variant)}")
+    lengths = [length for length in GRID if length <= longest]
+    run = run_folder(root, variant, trained[-1])
+    deadline.run(needle_command(run, lengths, 10, root / variant / "grid"), record_file(root, variant))
+
+
+def record_file(root: Path, variant: str) -> Path:
+    return root / variant / "programs.jsonl"
+
+
+def train_first(root: Path, variant: str) -> str:
+    return f"first run python launch/needle_recipe.py train {variant} --root {root}"
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -220,47 +272,22 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"unknown: {' '.join(wrong)}")
     if settings and given.action not in ("train", "extend"):
         parser.error(f"settings ({' '.join(settings)}) apply to train and extend only; {given.action} takes none")
-    deadline, root, variant = Deadline(given.minutes), given.root, given.variant
-    record = root / variant / "programs.jsonl"
     phases = [number for number, phase in enumerate(PHASES) if phase.length <= given.longest]
     if not phases:
         parser.error(f"--longest {given.longest}: the first phase has {PHASES[0].length} tokens")
-    last, train = phases[-1], f"first run python launch/needle_recipe.py train {variant} --root {root}"
+    deadline, root, variant, last = Deadline(given.minutes), given.root, given.variant, phases[-1]
     if given.action == "plan":
         Console(width=140).print(plan_table(root))
     elif given.action == "data":
         make_data(root, last, deadline)
     elif given.action == "train":
-        if not Path(tokenizer(root)).is_file():
-            sys.exit(f"no data in {root}: first run python launch/needle_recipe.py data --root {root}")
-        if settings and (problem := trained_otherwise(root, variant, last, settings)):
-            sys.exit(problem)
-        for number in range(last + 1):
-            if not is_trained(root, variant, number):
-                deadline.run([*train_command(root, variant, number), *settings], record)
+        train(root, variant, last, settings, deadline)
     elif given.action == "extend":
-        if not is_trained(root, variant, 0):
-            sys.exit(f"the first phase of {variant} is not trained: {train} --longest {PHASES[0].length}")
-        indices = [data_index(root, PHASES[1], name) for name, _ in PHASES[1].blend]
-        if missing := [path for path in indices if not path.is_file()]:
-            remedy = f"run python launch/needle_recipe.py data --root {root} --longest {PHASES[1].length}"
-            sys.exit(f"no {missing[0].name} in {missing[0].parent}: first {remedy}")
-        first, continued, second = extend_commands(root, variant)
-        for command in (first, [*continued, *settings], second):
-            deadline.run(command, record)
+        extend(root, variant, settings, deadline)
     elif given.action == "curve":
-        folders = [run_folder(root, variant, number) / "checkpoints" for number in range(last + 1)]
-        checkpoints = [path for folder in folders for path in sorted(folder.glob("iter_*"))]
-        if not checkpoints:
-            sys.exit(f"no checkpoint of {variant} in {root}: {train}")
-        deadline.run_together(curve_commands(checkpoints), 6)  # on one GPU: start-up dominates
+        curve(root, variant, last, deadline)
     else:
-        trained = [number for number in range(last + 1) if is_trained(root, variant, number)]
-        if not trained:
-            sys.exit(f"no phase of {variant} is trained: {train}")
-        lengths = [length for length in GRID if length <= given.longest]
-        run = run_folder(root, variant, trained[-1])
-        deadline.run(needle_command(run, lengths, 10, root / variant / "grid"), record)
+        evaluate(root, variant, last, given.longest, deadline)
 
 
 if __name__ == "__main__":
