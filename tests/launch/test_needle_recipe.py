@@ -2,11 +2,9 @@
 
 import json
 import math
-import os
 import runpy
 import signal
 import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -332,9 +330,9 @@ def test_what_a_program_took_is_kept_however_it_ends(
 
 def test_ctrl_c_waits_for_the_program_that_saves(recipe: dict[str, Any], tmp_path: Path) -> None:
     record, program = tmp_path / "programs.jsonl", tmp_path / "program.py"
-    program.write_text("import time; time.sleep(1); open(__file__ + '.saved', 'w')")
+    interrupts = "import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(0.5)"
+    program.write_text(f"{interrupts}; open(__file__ + '.saved', 'w')")
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         recipe["Deadline"](1).run([str(program)], record)
     signal.signal(signal.SIGINT, before)
