@@ -6,7 +6,6 @@ The steps: read the settings, solve, and write the layout with its picture and f
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -88,28 +87,14 @@ def choose(cfg: ChooseLayoutConfig, profile: Profile) -> Choice:
     Raises:
         ConfigError: as `choose_layout`.
     """
-    if cfg.cost not in SUMS:
-        raise ConfigError("cost", cfg.cost, "unknown", f"Set one of {', '.join(SUMS)}.")
-    lengths, budgets = _lengths(cfg, profile), _budgets(cfg, profile)
+    _check_solver_settings(cfg, profile)
+    budget_of = _budgets(cfg, profile)
+    lengths, budgets = tuple(budget_of), tuple(budget_of.values())
     model, candidates = profile.model, Candidates.of(profile)
-    if cfg.tp < 1 or model.num_query_groups % cfg.tp:
-        problem = f"doesn't divide the {model.num_query_groups} KV heads"
-        raise ConfigError("tp", cfg.tp, problem, "Set a divisor of them.")
-    if not cfg.imbalance >= 0:
-        raise ConfigError("imbalance", cfg.imbalance, "not 0 or more", "Set imbalance=0.1.")
-    if not cfg.time_limit > 0:
-        raise ConfigError("time_limit", cfg.time_limit, "not more than 0", "Set time_limit=60.")
     allowed = _allowed(cfg, profile, candidates)
     density = [candidates.density(profile.block_size, length) for length in lengths]
     for length, budget, of_rule in zip(lengths, budgets, density, strict=True):
-        least = float(of_rule[..., allowed].min(-1).mean())
-        if least > budget:
-            problem = f"at {length:,} tokens the sparsest rules keep {least:.4f}"
-            enough = np.ceil(least * 100) / 100
-            larger = f"density={enough:g} or more" if enough < 1 else "density=1"
-            sparser = "profile sparser rules (library.spans)" if cfg.rules is None else "allow sparser rules (rules)"
-            remedy = f"Set {larger}, or {sparser}."
-            raise ConfigError("density", budget, problem, remedy)
+        _check_reachable(cfg, length, budget, of_rule[..., allowed])
     blocks = [-(-length // profile.block_size) for length in lengths]
     cost = sum(profile.costs(cfg.cost, count) for count in blocks) / len(blocks)
     group = group_size(model) if cfg.whole_groups else 1
@@ -145,28 +130,50 @@ def _picked(values: np.ndarray, solution: Solution) -> np.ndarray:
     return picked
 
 
-def _lengths(cfg: ChooseLayoutConfig, profile: Profile) -> tuple[int, ...]:
-    lengths = sorted(cfg.lengths or [profile.seq_length])
+def _check_solver_settings(cfg: ChooseLayoutConfig, profile: Profile) -> None:
+    if cfg.cost not in SUMS:
+        raise ConfigError("cost", cfg.cost, "unknown", f"Set one of {', '.join(SUMS)}.")
+    kv_heads = profile.model.num_query_groups
+    if cfg.tp < 1 or kv_heads % cfg.tp:
+        raise ConfigError("tp", cfg.tp, f"doesn't divide the {kv_heads} KV heads", "Set a divisor of them.")
+    if not cfg.imbalance >= 0:
+        raise ConfigError("imbalance", cfg.imbalance, "not 0 or more", "Set imbalance=0.1.")
+    if not cfg.time_limit > 0:
+        raise ConfigError("time_limit", cfg.time_limit, "not more than 0", "Set time_limit=60.")
+
+
+def _budgets(cfg: ChooseLayoutConfig, profile: Profile) -> dict[int, float]:
+    """Return the largest density by length, shortest first."""
+    lengths = cfg.lengths or [profile.seq_length]
     if len(set(lengths)) < len(lengths):
         raise ConfigError("lengths", cfg.lengths, "names a length twice", "Name each once.")
-    if lengths[0] < profile.block_size:
-        raise ConfigError("lengths", lengths, f"below a block of {profile.block_size}", "Set longer ones.")
-    if lengths[-1] > profile.seq_length:
+    if min(lengths) < profile.block_size:
+        raise ConfigError("lengths", sorted(lengths), f"below a block of {profile.block_size}", "Set longer ones.")
+    if max(lengths) > profile.seq_length:
         problem = f"the profile ends at {profile.seq_length:,} tokens"
-        raise ConfigError("lengths", lengths, problem, "Set shorter ones, or profile longer sequences.")
-    return tuple(lengths)
-
-
-def _budgets(cfg: ChooseLayoutConfig, profile: Profile) -> tuple[float, ...]:
-    count = len(set(cfg.lengths or [profile.seq_length]))
-    given = cfg.density if isinstance(cfg.density, list) else [cfg.density] * count
+        raise ConfigError("lengths", sorted(lengths), problem, "Set shorter ones, or profile longer sequences.")
+    given = cfg.density if isinstance(cfg.density, list) else [cfg.density] * len(lengths)
     if not all(is_number(value) and 0 < value <= 1 for value in given):
         raise ConfigError("density", cfg.density, "no share above 0 and up to 1", "Set density=0.25.")
-    if len(given) != count:
-        problem = f"{len(given)} densities for {count} lengths"
+    if len(given) != len(lengths):
+        problem = f"{len(given)} densities for {len(lengths)} lengths"
         raise ConfigError("density", cfg.density, problem, "Set one for each of `lengths`, or one for all.")
-    order = np.argsort(cfg.lengths or [profile.seq_length])
-    return tuple(float(given[number]) for number in order)
+    return {length: float(density) for length, density in sorted(zip(lengths, given, strict=True))}
+
+
+def _check_reachable(cfg: ChooseLayoutConfig, length: int, budget: float, density: np.ndarray) -> None:
+    """Check that some rules meet a length's budget.
+
+    Args:
+        density: [layers, heads, rules], of the allowed rules.
+    """
+    least = float(density.min(-1).mean())
+    if least > budget:
+        problem = f"at {length:,} tokens the sparsest rules keep {least:.4f}"
+        enough = np.ceil(least * 100) / 100
+        larger = f"density={enough:g} or more" if enough < 1 else "density=1"
+        sparser = "profile sparser rules (library.spans)" if cfg.rules is None else "allow sparser rules (rules)"
+        raise ConfigError("density", budget, problem, f"Set {larger}, or {sparser}.")
 
 
 def _allowed(cfg: ChooseLayoutConfig, profile: Profile, candidates: Candidates) -> list[int]:
@@ -223,7 +230,7 @@ def _content(cfg: ChooseLayoutConfig, profile: Profile, choice: Choice, command:
         "command": command,
         "settings": asdict(cfg),
         "profile": {name: value for name, value in profile.about.items() if name != "rules"},
-        "rules": _described(profile),
+        "rules": [rule.describe() for rule in profile.library],
         "heads": choice.solution.rules.tolist(),
         "cost": choice.solution.cost,
         "gap": choice.solution.gap,
@@ -240,7 +247,3 @@ def _content(cfg: ChooseLayoutConfig, profile: Profile, choice: Choice, command:
             )
         ],
     }
-
-
-def _described(profile: Profile) -> Sequence[str]:
-    return [rule.describe() for rule in profile.library]
