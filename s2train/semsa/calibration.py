@@ -43,6 +43,9 @@ class Labels:
         return "data" if self.kind == "data" else f"sampled, temperature {self.temperature:g}"
 
 
+DATA = Labels("data")
+
+
 @dataclass(frozen=True)
 class Subject:
     """A dense checkpoint, and its data, checked before anything is built.
@@ -169,12 +172,18 @@ def samples(subject: Subject, count: int, *, held_out: bool, rank: int = 0, rank
 
 
 def token_losses(
-    model: torch.nn.Module, sample: Sample, labels: Labels, vocab_size: int, seed: int, device: torch.device
+    model: torch.nn.Module,
+    sample: Sample,
+    device: torch.device,
+    labels: Labels = DATA,
+    *,
+    vocab_size: int = 0,
+    seed: int = 0,
 ) -> Tensor:
     """Compute each token's loss, float32 [b, s]; 0 where it doesn't count.
 
     Args:
-        vocab_size: ids below it can be sampled; further rows of the output pad it.
+        vocab_size: for sampled labels: ids below it can be sampled; further rows of the output pad it.
         seed: of sampled labels.
     """
     tokens = sample["tokens"].to(device)

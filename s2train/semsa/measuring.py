@@ -8,10 +8,8 @@ from torch import Tensor
 
 from s2train.kernels.layout import BlockLayout
 from s2train.layouts.patterns import Pattern
-from s2train.semsa.calibration import Labels, Sample, token_losses
+from s2train.semsa.calibration import Sample, token_losses
 from s2train.semsa.core_attention import set_patterns, studied_layers
-
-_DATA = Labels("data")
 
 
 @torch.no_grad()
@@ -22,7 +20,7 @@ def summed_loss(model: torch.nn.Module, texts: Sequence[Sample], device: torch.d
     """
     total = 0.0
     for sample in texts:
-        total += float(token_losses(model, sample, _DATA, 0, 0, device).double().sum())
+        total += float(token_losses(model, sample, device).double().sum())
     return total
 
 

@@ -158,7 +158,8 @@ def profile_checkpoint(cfg: ProfileAttentionConfig) -> None:
         if so_far <= done:
             continue
         index = number * ranks + rank
-        losses = token_losses(loaded.model, sample, request.labels, vocabulary, label_seed(cfg.seed, index), device)
+        seed = label_seed(cfg.seed, index)
+        losses = token_losses(loaded.model, sample, device, request.labels, vocab_size=vocabulary, seed=seed)
         losses.double().sum().backward()
         tokens += float(sample["loss_mask"].sum())
         if so_far == cfg.samples or (number + 1) % cfg.save_interval == 0:

@@ -24,7 +24,7 @@ from s2train.kernels.block_statistics.effects import SUMS
 from s2train.pictures.png import write_png
 from s2train.pictures.style import GREY, SPARSE, Sheet, plain
 from s2train.semsa.accumulation import Accumulator
-from s2train.semsa.calibration import Labels, Sample, label_seed, samples, token_losses
+from s2train.semsa.calibration import DATA, Labels, Sample, label_seed, samples, token_losses
 from s2train.semsa.config import ProfileAttentionConfig
 from s2train.semsa.measuring import loss_with_head_masked, summed_loss
 from s2train.semsa.profile import group_size
@@ -73,13 +73,14 @@ def verify(
     Print the results, and write them as JSON and PNG.
     """
     texts = list(samples(request.subject, cfg.verify_samples, held_out=False))
+    vocabulary = request.subject.tokenizer.vocab_size
     # the estimates are of the very samples that are masked: what is left is the estimate's own error
     estimated: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for labels in (Labels("data"), *(Labels("sampled", temperature) for temperature in TEMPERATURES)):
+    for labels in (DATA, *(Labels("sampled", temperature) for temperature in TEMPERATURES)):
         sums.clear()
         for number, sample in enumerate(texts):
             seed = label_seed(cfg.seed, number)
-            losses = token_losses(model, sample, labels, request.subject.tokenizer.vocab_size, seed, device)
+            losses = token_losses(model, sample, device, labels, vocab_size=vocabulary, seed=seed)
             losses.double().sum().backward()
         # every data parallel rank holds all texts
         blocks, rules = sums.sums(parallel_state.get_data_parallel_group())
