@@ -54,19 +54,14 @@ def measure_frontier(cfg: FrontierConfig) -> dict[str, Any]:
         ConfigError: a setting can't work; before a process group exists, unless the checkpoint is damaged.
     """
     profile, subject, retrieval = _read_request(cfg)
-    content = start(cfg, profile, subject, retrieval)
+    content = begun_content(cfg, profile, subject, retrieval)
     output, rows = Path(cfg.output), content["rows"]
     device = initialize(ParallelConfig(tp=cfg.tp), cfg.seed)
     is_first = os.environ.get("RANK", "0") == "0"
     if is_first and rows:
         print(f"resuming {output}: {len(rows)} layouts are measured", flush=True)
     measured = {Point(row["layout"], row["budget"], row["draw"]) for row in rows}
-    missing = [point for point in every_point(cfg) if point not in measured]
-    # solved on one rank: a solver under a time limit need not find the same on all
-    found = broadcast_from_rank_0(list(find_layers(missing, cfg, profile)) if is_first else None)
-    if is_first:
-        for line in without_layout(missing, [point for point, _ in found]):
-            print(line, flush=True)
+    found = _solve([point for point in every_point(cfg) if point not in measured], cfg, profile, is_first)
     loaded = load_studied(
         subject, device, block_size=profile.block_size, tp=cfg.tp, attention_backend=cfg.attention_backend,
         precision=str(profile.about["precision"]),
@@ -107,6 +102,18 @@ def measure_frontier(cfg: FrontierConfig) -> dict[str, Any]:
     return content
 
 
+def _solve(
+    missing: Sequence[Point], cfg: FrontierConfig, profile: Profile, is_first: bool
+) -> list[tuple[Point, Layers]]:
+    """Find the missing points' patterns, and print which have none; collective."""
+    # on one rank: a solver under a time limit need not find the same on all
+    found = broadcast_from_rank_0(list(find_layers(missing, cfg, profile)) if is_first else None)
+    if is_first:
+        for line in without_layout(missing, [point for point, _ in found]):
+            print(line, flush=True)
+    return found
+
+
 def _read_request(cfg: FrontierConfig) -> tuple[Profile, Subject, Retrieval | None]:
     if Path(cfg.output).suffix != ".json":
         raise ConfigError("output", cfg.output, "is no .json file", "Name one, such as runs/semsa/frontier.json.")
@@ -129,12 +136,12 @@ def _read_request(cfg: FrontierConfig) -> tuple[Profile, Subject, Retrieval | No
     return profile, subject, Retrieval.read(cfg.needles, subject.tokenizer, profile.seq_length)
 
 
-def start(
+def begun_content(
     cfg: FrontierConfig, profile: Profile, subject: Subject, retrieval: Retrieval | None = None
 ) -> dict[str, Any]:
-    """Return what the output holds, with rows measured earlier.
+    """Return settings, and rows that the output already holds.
 
-    They were measured with the same settings.
+    Those were measured with the same settings.
 
     Raises:
         ConfigError: it holds what other settings measured, or the layouts' folder holds other layouts.

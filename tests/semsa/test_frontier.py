@@ -89,7 +89,7 @@ def started(profile: Profile, tmp_path: Path, **changed: Any) -> dict[str, Any]:
     """What the program begins with in `tmp_path`."""
     cfg = settings(output=str(tmp_path / "f.json"), layouts=str(tmp_path / "layouts"), **changed)
     run = compose_run(TOY)
-    return frontier.start(cfg, profile, Subject(Path("runs/toy"), run, run, load_tokenizer("bytes")))
+    return frontier.begun_content(cfg, profile, Subject(Path("runs/toy"), run, run, load_tokenizer("bytes")))
 
 
 def row(name: str, folder: Path | None = None) -> dict[str, Any]:
