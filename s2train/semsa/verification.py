@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,10 +28,8 @@ from s2train.semsa.calibration import DATA, Labels, Sample, label_seed, samples,
 from s2train.semsa.config import ProfileAttentionConfig
 from s2train.semsa.measuring import loss_with_head_masked, summed_loss
 from s2train.semsa.profile import group_size
+from s2train.semsa.profile_request import Request
 from s2train.semsa.rules import keeps
-
-if TYPE_CHECKING:
-    from s2train.semsa.profiling import Request
 
 EDGES = (0.0, 0.01, 0.05, 0.2, 0.5, 1.0)  # of the block's mean probability in its rows
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
@@ -62,7 +60,7 @@ class Case:
 
 def verify(
     cfg: ProfileAttentionConfig,
-    request: "Request",
+    request: Request,
     model: torch.nn.Module,
     sums: Accumulator,
     device: torch.device,
@@ -107,7 +105,7 @@ def verify(
 
 def _blocks(
     cfg: ProfileAttentionConfig,
-    request: "Request",
+    request: Request,
     model: torch.nn.Module,
     estimated: dict[str, tuple[np.ndarray, np.ndarray]],
     texts: Sequence[Sample],
@@ -152,7 +150,7 @@ def _blocks(
 
 def _rules(
     cfg: ProfileAttentionConfig,
-    request: "Request",
+    request: Request,
     model: torch.nn.Module,
     estimated: dict[str, tuple[np.ndarray, np.ndarray]],
     texts: Sequence[Sample],

@@ -11,7 +11,7 @@ from s2train.environment.hardware import detect_own
 from s2train.errors import ConfigError
 from s2train.semsa.config import CalibrationDataConfig, LibraryConfig, ProfileAttentionConfig
 from s2train.semsa.profile import Profile, load_profile
-from s2train.semsa.profiling import read_request
+from s2train.semsa.profile_request import read_request
 from tests.program import SMALL, Outcome, run
 
 SETTINGS = ["train.steps=2", "optim.warmup_steps=1", "evaluation.interval=0", "layout.block_size=16"]
