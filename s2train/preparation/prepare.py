@@ -8,6 +8,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -59,21 +60,12 @@ def prepare(cfg: PrepareConfig) -> Metadata:
             `overwrite`, or another process is writing it.
         TrainingError: the disk is full.
     """
-    for setting, value in {
-        "document_chars": cfg.document_chars,
-        "workers": cfg.workers,
-        "tokenizer_chars": cfg.tokenizer_chars,
-    }.items():
-        if value is not None and value < 1:
+    for setting in ("document_chars", "workers", "tokenizer_chars"):
+        if (value := getattr(cfg, setting)) is not None and value < 1:
             raise ConfigError(setting, value, "must be 1 or more", f"Set {setting} to 1 or more, or leave it unset")
     check_seed(cfg.seed)
     sources = find_sources(cfg)
-    output = Path(cfg.output)
-    if not output.name or cfg.output.endswith("/"):
-        raise ConfigError("output", cfg.output, "names no file", "Set a prefix, e.g. runs/data/mine")
-    if output.suffix in (".bin", ".idx"):
-        problem = "is a prefix, to which .bin and .idx are added"
-        raise ConfigError("output", cfg.output, problem, f"Set output={output.with_suffix('')}")
+    output = _prefix(cfg)
     folder = output.with_name(f".{output.name}.partial")
     # in the order of renaming
     names = [*([_TOKENIZER] if cfg.tokenizer.startswith("bpe:") else []), ".bin", ".json", ".idx"]
@@ -89,13 +81,7 @@ def prepare(cfg: PrepareConfig) -> Metadata:
         load_tokenizer(cfg.tokenizer, "tokenizer", cfg.end_token)
 
     check_writable("output", output.parent, output)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ConfigError("output", cfg.output, "another process is writing it", "Wait, or set another") from error
-    try:
+    with _resumable(cfg, folder):
         resumes = open_folder(folder, _key(cfg, sources))
         if not (resumes and (folder / "publishing").exists()):
             if existing and not cfg.overwrite:  # not written by the interrupted renames
@@ -104,20 +90,9 @@ def prepare(cfg: PrepareConfig) -> Metadata:
             (folder / "publishing").touch()
         if (folder / "out.idx").exists():
             final[".idx"].unlink(missing_ok=True)  # no old index may belong to a new .bin
-        for name in names:
+        for name, path in final.items():
             if (folder / f"out{name}").exists():
-                (folder / f"out{name}").replace(final[name])
-    except ConfigError as error:
-        # Resuming would raise the same error, unless it was an error of the disk.
-        if getattr(error.__cause__, "errno", None) is None:
-            shutil.rmtree(folder)
-        raise
-    except OSError as error:
-        raise TrainingError(
-            f"{output}: {error}. {folder} keeps the progress: run the same command again to resume"
-        ) from error
-    finally:
-        lock.release()
+                (folder / f"out{name}").replace(path)
     # Rename it first: a half-removed folder would look like new work on an existing output.
     done = folder.with_suffix(".done")
     shutil.rmtree(done, ignore_errors=True)
@@ -125,6 +100,45 @@ def prepare(cfg: PrepareConfig) -> Metadata:
     metadata = read_metadata(str(output))
     assert metadata is not None
     return metadata
+
+
+def _prefix(cfg: PrepareConfig) -> Path:
+    output = Path(cfg.output)
+    if not output.name or cfg.output.endswith("/"):
+        raise ConfigError("output", cfg.output, "names no file", "Set a prefix, e.g. runs/data/mine")
+    if output.suffix in (".bin", ".idx"):
+        problem = "is a prefix, to which .bin and .idx are added"
+        raise ConfigError("output", cfg.output, problem, f"Set output={output.with_suffix('')}")
+    return output
+
+
+@contextmanager
+def _resumable(cfg: PrepareConfig, folder: Path) -> Iterator[None]:
+    """Lock the folder of unfinished files; keep it if work can resume.
+
+    Raises:
+        ConfigError: another process has it, or an error within; the folder is then removed, unless the disk failed.
+        TrainingError: the disk failed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ConfigError("output", cfg.output, "another process is writing it", "Wait, or set another") from error
+    try:
+        yield
+    except ConfigError as error:
+        # Resuming would raise the same error, unless it was an error of the disk.
+        if getattr(error.__cause__, "errno", None) is None:
+            shutil.rmtree(folder)
+        raise
+    except OSError as error:
+        raise TrainingError(
+            f"{cfg.output}: {error}. {folder} keeps the progress: run the same command again to resume"
+        ) from error
+    finally:
+        lock.release()
 
 
 def _write(cfg: PrepareConfig, sources: list[Source], folder: Path, tokenizer_name: str) -> None:
