@@ -137,7 +137,7 @@ def main() -> int:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}", flush=True)
     command = ["-m", "s2train.kernels.hopper.tune", "--worker"]
     if args.candidates:
-        items = _candidate_items(args.lengths, args.only)
+        items = candidate_items(args.lengths, args.only)
     else:
         items = _backward_items(args.lengths) if args.backward else _items(args.lengths)
     compiled = {(i.variant, i.block, i.dim, i.kv_heads): asdict(replace(i, length=0)) for i in items}
@@ -151,7 +151,7 @@ def main() -> int:
     for item, row in zip(items, run_tasks(command, [asdict(x) for x in items], 1, _SECONDS), strict=True):
         timings.append({"task": f"{item.problem} {item.variant}", **row})
         if item.candidate:
-            timings[-1].update(_over_plain(timings))
+            timings[-1].update(over_plain(timings))
         print(_timing_line(timings[-1]), flush=True)
         if args.json:  # at once: the run may be killed
             write_results({"timings": timings}, args.json)
@@ -185,7 +185,7 @@ def _backward_items(lengths: list[int]) -> list[Item]:
     return [i for i in items if i.dim == 128 or i.length == lengths[0]]
 
 
-def _over_plain(timings: list[dict[str, Any]]) -> dict[str, float]:
+def over_plain(timings: list[dict[str, Any]]) -> dict[str, float]:
     """Return the last row's speed over that of plain settings.
 
     Empty if either was not timed.
@@ -197,7 +197,7 @@ def _over_plain(timings: list[dict[str, Any]]) -> dict[str, float]:
     return {}
 
 
-def _candidate_items(lengths: list[int], only: list[str] | None = None) -> list[Item]:
+def candidate_items(lengths: list[int], only: list[str] | None = None) -> list[Item]:
     """Return candidates and the choice between plain settings, by problem.
 
     With `only`, return plain settings and these, for problems that have a candidate of them.

@@ -102,7 +102,7 @@ def check_start(cfg: PretrainConfig, plan: Plan, store: Store, rank: int, world_
         device=plan.hardware.name,
         device_id=_device_id() if plan.hardware.kind == "cuda" else "",
         sees_run_dir=_becomes_visible(Path(request["marker"])),
-        missing=_missing(cfg, request["cache_marker"]),
+        missing=missing_inputs(cfg, request["cache_marker"]),
     )
     store.set(f"reports/{rank}", json.dumps(asdict(report)))
     found: list[str] = []
@@ -207,7 +207,12 @@ def _becomes_visible(path: Path) -> bool:
     return True
 
 
-def _missing(cfg: PretrainConfig, cache_marker: str) -> list[str]:
+def missing_inputs(cfg: PretrainConfig, cache_marker: str) -> list[str]:
+    """List data and a teacher that this rank can't see, as in `RankReport`.
+
+    Args:
+        cache_marker: rank 0's file in `data.cache`.
+    """
     try:
         prefixes = parse_blend(cfg.data.path).prefixes
         held_out = () if cfg.data.valid_path is None else dataset_prefixes(cfg.data.valid_path)

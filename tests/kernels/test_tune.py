@@ -12,7 +12,7 @@ SPEC = AttentionSpec(1.0, True, 0, None, "sbhd")
 def configs(length: int) -> dict[str, dict[str, object]]:
     """Each problem's settings by variant, in the order in which they are timed."""
     found: dict[str, dict[str, object]] = {}
-    for item in tune._candidate_items([length]):
+    for item in tune.candidate_items([length]):
         layout = BlockLayout.from_mask(torch.ones(32, 1, 1) > 0, item.block)
         found.setdefault(item.problem, {})[item.variant] = item.backward_config(layout, length, SPEC)
     return found
@@ -40,7 +40,7 @@ def test_what_is_chosen_is_timed_by_its_name_too(length: int) -> None:
 
 
 def test_named_candidates_are_timed_beside_plain_settings_only() -> None:
-    items = tune._candidate_items([32768, 131072], ["second pairs", "chosen"])
+    items = tune.candidate_items([32768, 131072], ["second pairs", "chosen"])
     assert [(item.problem, item.variant) for item in items] == [
         (f"{length} B={block} 32/8{dim}", variant)
         for length in ("32k", "128k")
@@ -56,6 +56,6 @@ def test_a_candidate_is_compared_with_plain_settings_of_its_problem() -> None:
         {"problem": "b", "variant": "plain", "ms": 5.0},
         {"problem": "a", "variant": "128 queries", "ms": 2.0},
     ]
-    assert tune._over_plain(rows) == {"over_plain": 1.5}
-    assert tune._over_plain([*rows, {"problem": "c", "variant": "128 queries", "ms": 2.0}]) == {}
-    assert tune._over_plain([*rows, {"variant": "128 queries", "error": "no memory"}]) == {}
+    assert tune.over_plain(rows) == {"over_plain": 1.5}
+    assert tune.over_plain([*rows, {"problem": "c", "variant": "128 queries", "ms": 2.0}]) == {}
+    assert tune.over_plain([*rows, {"variant": "128 queries", "error": "no memory"}]) == {}

@@ -117,9 +117,9 @@ def test_a_rank_that_can_not_see_the_teacher_names_it(tmp_path: Path, monkeypatc
     monkeypatch.setattr(startup, "_FILE_VISIBLE_S", 0.0)
     kind = f"+layout.kinds.E={{kind:block_selection,top_k:1,teacher:{tmp_path}/dense}}"
     cfg = pretrain("+model=tiny_hybrid", "layout.layers=DE", kind, "data.path=mock")
-    assert startup._missing(cfg, str(tmp_path)) == [f"layout.kinds.E.teacher {tmp_path}/dense"]
+    assert startup.missing_inputs(cfg, str(tmp_path)) == [f"layout.kinds.E.teacher {tmp_path}/dense"]
     (tmp_path / "dense").mkdir()
-    assert startup._missing(cfg, str(tmp_path)) == []
+    assert startup.missing_inputs(cfg, str(tmp_path)) == []
 
 
 def test_a_run_that_saves_nothing_needs_no_space_for_a_checkpoint(
