@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
+from s2train.pictures.line_ends import End, label_ends
 from s2train.pictures.png import write_png
 from s2train.pictures.style import CURVES
 from s2train.study.comparison import BASELINE, Group, find_baseline
@@ -45,19 +46,19 @@ def _draw_phase(axes: Axes, own: Sequence[Group], colours: Mapping[str, str]) ->
     the mean over all positions and seeds: of dense the loss, of others what is drawn.
     """
     baseline = find_baseline(own)
-    ends: list[tuple[float, str, str]] = []
+    ends: list[End] = []
     for number, group in enumerate(own):
         colour, losses = colours[group.variant], _losses(group, baseline)
         if group is baseline:
             axes.axhline(0, color=GREY, linewidth=1.5)
-            ends.append((0.0, f"{group.variant} {mean(group.losses):.3f}", colour))
+            ends.append(End(f"{group.variant} {mean(group.losses):.3f}", 0.0, colour))
         elif losses:
             low, high, middles = ([pick(seeds) for seeds in losses.values()] for pick in (min, max, mean))
             apart = 2 ** (_APART * (number - len(own) / 2))  # bars of variants stand side by side
             bars = [np.subtract(middles, low), np.subtract(high, middles)]
             places = [stop * apart for stop in losses]
             axes.errorbar(places, middles, yerr=bars, color=colour, marker="o", markersize=3.5, elinewidth=0.9)
-            ends.append((middles[-1], f"{group.variant} {_mean_loss(group, baseline)}", colour))
+            ends.append(End(f"{group.variant} {_mean_loss(group, baseline)}", middles[-1], colour))
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(sorted({stop for group in own for stop in _losses(group, None)})))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -66,7 +67,7 @@ def _draw_phase(axes: Axes, own: Sequence[Group], colours: Mapping[str, str]) ->
     axes.set_ylabel(f"Held-out loss{' less dense’s' if baseline else ''} (nats per token)")
     axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
     axes.set_axisbelow(True)
-    _label(axes, ends)
+    label_ends(axes, ends, 0.06)
 
 
 def _mean_loss(group: Group, baseline: Group | None) -> str:
@@ -90,21 +91,3 @@ def _losses(group: Group, baseline: Group | None) -> dict[int, list[float]]:
 
 def _by_end(result: Result) -> dict[int, float]:
     return {stop: loss for _, stop, loss in result.by_position if loss is not None}
-
-
-def _label(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Write each line's label right of its end, without overlap."""
-    bottom, top = axes.get_ylim()
-    gap = 0.06 * (top - bottom)
-    height = bottom - gap
-    for value, text, colour in sorted(ends):
-        height = max(value, height + gap)
-        axes.annotate(
-            text,
-            (1, height),
-            xycoords=axes.get_yaxis_transform(),
-            xytext=(5, 0),
-            textcoords="offset points",
-            va="center",
-            color=colour,
-        )

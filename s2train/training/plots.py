@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
 from operator import mul
@@ -12,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from s2train.pictures.line_ends import End, label_ends
 from s2train.pictures.png import write_png
 from s2train.pictures.style import CURVES
 from s2train.training.records import Curves, read_curves
@@ -73,15 +73,6 @@ def draw_comparison(runs: Mapping[str, Path], out: Path) -> None:
     write_png(figure, out)
 
 
-@dataclass(frozen=True)
-class End:
-    """Label at a line's right end, next to its last loss."""
-
-    text: str
-    loss: float
-    colour: str
-
-
 def _end(name: str, losses: Mapping[int, float], colour: str) -> list[End]:
     """Label of one line; none if it has no finite loss."""
     finite = [step for step, loss in losses.items() if math.isfinite(loss)]
@@ -107,37 +98,18 @@ def _new_figure(title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _finish(
-    axes: Axes,
-    curves: list[Curves],
-    ends: list[End],
-    baseline: float | None,
-) -> None:
+def _finish(axes: Axes, curves: list[Curves], ends: list[End], baseline: float | None) -> None:
     """Set the loss axis, and label each line at its right end.
 
     The first losses are far above the rest, so the axis cuts off the highest 3 %.
     """
     losses = sorted(v for run in curves for d in (run.train, run.held_out) for v in d.values() if math.isfinite(v))
     if losses:
-        top = max(losses[math.ceil(0.97 * (len(losses) - 1))], *(end.loss for end in ends), baseline or 0)
+        top = max(losses[math.ceil(0.97 * (len(losses) - 1))], *(end.value for end in ends), baseline or 0)
         low = min(losses[0], baseline or losses[0])
         margin = 0.06 * (top - low) or 0.1
         axes.set_ylim(low - margin, top + margin)
         axes.set_xlim(left=0)
     else:
         axes.text(0.5, 0.5, "no loss logged yet", transform=axes.transAxes, ha="center", color=GREY)
-    bottom, top = axes.get_ylim()
-    gap, height = 0.055 * (top - bottom), bottom - (top - bottom)
-    for end in sorted(ends, key=lambda end: end.loss):
-        height = max(end.loss, height + gap)
-        axes.annotate(
-            end.text,
-            (1, height),
-            xycoords=axes.get_yaxis_transform(),
-            xytext=(5, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=9,
-            color=end.colour,
-            fontweight="bold",
-        )
+    label_ends(axes, ends, 0.055, fontsize=9, fontweight="bold")
