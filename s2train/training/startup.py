@@ -208,7 +208,7 @@ def _becomes_visible(path: Path) -> bool:
 
 
 def missing_inputs(cfg: PretrainConfig, cache_marker: str) -> list[str]:
-    """List data and a teacher that this rank can't see, as in `RankReport`.
+    """List data and a teacher that this rank can't see.
 
     Args:
         cache_marker: rank 0's file in `data.cache`.
