@@ -71,18 +71,22 @@ def _loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 def operations(hidden: int, ffn: int, vocabulary: int, heads: int, kv_heads: int) -> Iterator[Operation]:
     """Yield the operations of a layer and the model's end."""
-    group = parallel_state.get_tensor_model_parallel_group()
-    dim = hidden // heads
+    yield from _norms(hidden)
+    yield Operation(
+        "swiglu",
+        lambda n, t: [_random(n, 1, 2 * ffn, dtype=t)],
+        _swiglu,
+        {
+            "megatron": lambda x: bias_swiglu_impl(x, None),
+            "liger": swiglu,
+            "liger's own launch": swiglu_launched_by_liger,
+        },
+    )
+    yield from _losses(hidden, vocabulary)
+    yield from _rotations(heads, kv_heads, hidden // heads)
 
-    def rotated(tokens: int, dtype: torch.dtype) -> list[Tensor]:
-        """Make queries as a part of the projection, as in the layer."""
-        projected = _random(tokens, 1, kv_heads, (heads // kv_heads + 2) * dim, dtype=dtype)
-        return [projected[..., : heads // kv_heads * dim].reshape(tokens, 1, heads, dim)]
 
-    angles = _angles(dim)
-    rotation = Rotation()
-    compiled = torch.compile(_apply_rotary_pos_emb_bshd, dynamic=False)
-
+def _norms(hidden: int) -> Iterator[Operation]:
     yield Operation(
         "norm",
         lambda n, t: [_random(n, 1, hidden, dtype=t), 1 + _random(hidden, dtype=t, scale=0.1)],
@@ -103,16 +107,10 @@ def operations(hidden: int, ffn: int, vocabulary: int, heads: int, kv_heads: int
             "liger's own launch": lambda *xs: LigerFusedAddRMSNormFunction.apply(*xs, _EPSILON, 0.0, "gemma", False),
         },
     )
-    yield Operation(
-        "swiglu",
-        lambda n, t: [_random(n, 1, 2 * ffn, dtype=t)],
-        _swiglu,
-        {
-            "megatron": lambda x: bias_swiglu_impl(x, None),
-            "liger": swiglu,
-            "liger's own launch": swiglu_launched_by_liger,
-        },
-    )
+
+
+def _losses(hidden: int, vocabulary: int) -> Iterator[Operation]:
+    group = parallel_state.get_tensor_model_parallel_group()
     yield Operation(
         "loss liger",
         lambda n, t: [_random(n, 1, vocabulary, dtype=t), torch.randint(vocabulary, (n, 1), device="cuda")],
@@ -148,6 +146,20 @@ def operations(hidden: int, ffn: int, vocabulary: int, heads: int, kv_heads: int
             "liger, logits kept": lambda x, w, y: vocab_parallel_loss(x @ w.T, y, group),
         },
     )
+
+
+def _rotations(heads: int, kv_heads: int, dim: int) -> Iterator[Operation]:
+    """Yield RoPE of queries, and RoPE while the projection is split."""
+
+    def rotated(tokens: int, dtype: torch.dtype) -> list[Tensor]:
+        """Make queries as a part of the projection, as in the layer."""
+        projected = _random(tokens, 1, kv_heads, (heads // kv_heads + 2) * dim, dtype=dtype)
+        return [projected[..., : heads // kv_heads * dim].reshape(tokens, 1, heads, dim)]
+
+    angles = _angles(dim)
+    rotation = Rotation()
+    compiled = torch.compile(_apply_rotary_pos_emb_bshd, dynamic=False)
+
     yield Operation(
         "rotation",
         rotated,
