@@ -8,8 +8,6 @@ Sweep: `python launch/pretrain.py -m +model=tiny_hybrid layout=dense,s2_b16_l4_v
 this machine doesn't have. `plan.gpus=64 plan.device=h100-80gb` proposes how to divide the model over 64 of them.
 """
 
-import os
-
 import _quick_imports  # pauses garbage collection
 import _surroundings  # prints why the rest can't start
 
@@ -23,6 +21,7 @@ from s2train import config
 from s2train.checkpoints.named_start import named_start
 from s2train.command_line.composition import CONF, config_groups
 from s2train.command_line.program import run_command, run_hydra
+from s2train.distributed.ranks import is_rank_0, world_size
 from s2train.distributed.rendezvous import check_ranks, fail_together
 from s2train.environment.apex import apex_available
 from s2train.environment.dtypes import DTYPES
@@ -60,14 +59,14 @@ def pretrain(composed: DictConfig) -> None:
         raise ConfigError("hydra/launcher", "(another)", "each job of a sweep needs its own processes", remedy)
     TIMES.end("compose")
     check_ranks()
-    world_size, is_first = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
+    is_first = is_rank_0()
     with fail_together():
         cfg = resolve(composed, MODELS, HydraConfig.get().overrides.task)
         if cfg.plan.asked:
             if is_first and cfg.plan.gpus is not None:
                 print(format_proposal(propose(cfg)))
             elif is_first:
-                print(format_plan(asked_plan(cfg, world_size)))
+                print(format_plan(asked_plan(cfg, world_size())))
                 print(epochs_of_plan(cfg))
             if is_first and (start := named_start(cfg)) is not None:
                 print(start)
@@ -78,7 +77,7 @@ def pretrain(composed: DictConfig) -> None:
         check_gpus()
         open_device(None if cfg.train.deterministic else DTYPES.get(cfg.train.precision))  # checked below
         TIMES.end("device")
-        plan = check(cfg, world_size, hardware)
+        plan = check(cfg, world_size(), hardware)
         apex_available()  # rejects another package named apex, which Megatron would import
     if is_first:
         print(format_plan(plan), flush=True)

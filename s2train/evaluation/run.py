@@ -1,7 +1,6 @@
 """Evaluates a checkpoint on texts and tasks, and writes the results."""
 
 import json
-import os
 import shlex
 import sys
 from typing import Any
@@ -11,6 +10,7 @@ from megatron.core import parallel_state
 
 from s2train.checkpoints.folders import load_for_inference
 from s2train.config import ParallelConfig
+from s2train.distributed.ranks import is_rank_0, world_size
 from s2train.environment.hardware import detect_own
 from s2train.environment.provenance import environment
 from s2train.errors import ConfigError
@@ -34,9 +34,9 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
     Raises:
         ConfigError: a setting can't work; before a process group exists, unless the checkpoint is damaged.
     """
-    request = read_request(cfg, int(os.environ.get("WORLD_SIZE", "1")), detect_own())
+    request = read_request(cfg, world_size(), detect_own())
     tasks = load_tasks(cfg, request.length)
-    is_first = os.environ.get("RANK", "0") == "0"
+    is_first = is_rank_0()
     mode = choose_mode(cfg.wandb, "wandb") if is_first else "disabled"
     device = initialize(ParallelConfig(tp=cfg.tp), cfg.seed)
     loaded = load_for_inference(request.trained.checkpoint, device, cfg.tp, cfg.attention_backend)

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import shlex
 import sys
 import time
@@ -15,6 +14,7 @@ import torch
 
 from s2train.checkpoints.folders import Loaded, load_for_inference
 from s2train.config import ParallelConfig
+from s2train.distributed.ranks import is_rank_0, world_size
 from s2train.environment.hardware import detect_own
 from s2train.environment.provenance import environment
 from s2train.errors import ConfigError
@@ -52,8 +52,8 @@ def run(cfg: GenerateConfig) -> list[Text]:
     Raises:
         ConfigError: a setting can't work; before a process group exists, unless the checkpoint is damaged.
     """
-    request = read_request(cfg, int(os.environ.get("WORLD_SIZE", "1")), detect_own())
-    is_first = os.environ.get("RANK", "0") == "0"
+    request = read_request(cfg, world_size(), detect_own())
+    is_first = is_rank_0()
     device = initialize(ParallelConfig(tp=cfg.tp), cfg.seed)
     loaded = load_for_inference(request.trained.checkpoint, device, cfg.tp, cfg.attention_backend)
     _check_graph(cfg, loaded)

@@ -1,6 +1,5 @@
 """Evaluates needle retrieval of a checkpoint."""
 
-import os
 import shlex
 import sys
 from functools import partial
@@ -10,6 +9,7 @@ from megatron.core import parallel_state
 
 from s2train.checkpoints.folders import load_for_inference
 from s2train.config import NeedleConfig, ParallelConfig
+from s2train.distributed.ranks import is_rank_0, world_size
 from s2train.environment.hardware import detect_own
 from s2train.environment.provenance import environment
 from s2train.errors import ConfigError
@@ -33,8 +33,8 @@ def evaluate(cfg: NeedleConfig) -> None:
         ConfigError: a setting can't work; before a process group exists, unless the checkpoint is damaged.
     """
     hardware = detect_own()
-    request = read_request(cfg, int(os.environ.get("WORLD_SIZE", "1")), hardware)
-    is_first = os.environ.get("RANK", "0") == "0"
+    request = read_request(cfg, world_size(), hardware)
+    is_first = is_rank_0()
     mode = choose_mode(cfg.wandb, "wandb") if is_first else "disabled"
     device = initialize(ParallelConfig(tp=cfg.tp), cfg.seed)
     loaded = load_for_inference(request.checkpoint, device, cfg.tp, cfg.attention_backend)

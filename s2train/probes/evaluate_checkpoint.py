@@ -1,7 +1,6 @@
 """Runs the long-range probes on a checkpoint."""
 
 import hashlib
-import os
 import shlex
 import sys
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from s2train.checkpoints.folders import load_for_inference
 from s2train.checkpoints.trained import Trained
 from s2train.config import ParallelConfig, PretrainConfig, ProbesConfig
 from s2train.data.tokenizers import Tokenizer
+from s2train.distributed.ranks import is_rank_0, world_size
 from s2train.environment.hardware import Hardware, detect_own
 from s2train.environment.provenance import environment
 from s2train.errors import ConfigError
@@ -91,7 +91,7 @@ def evaluate(cfg: ProbesConfig) -> dict[str, Any]:
     Raises:
         ConfigError: a setting can't work; before a process group exists, unless the checkpoint is damaged.
     """
-    request = read_request(cfg, int(os.environ.get("WORLD_SIZE", "1")), detect_own())
+    request = read_request(cfg, world_size(), detect_own())
     device = initialize(ParallelConfig(tp=cfg.tp), cfg.seed)
     loaded = load_for_inference(request.checkpoint, device, cfg.tp, cfg.attention_backend)
 
@@ -129,7 +129,7 @@ def evaluate(cfg: ProbesConfig) -> dict[str, Any]:
         "command": shlex.join(sys.argv),
         "environment": environment(),
     }
-    if os.environ.get("RANK", "0") == "0":
+    if is_rank_0():
         write_json(request.output, content)
         print(summary(content), f"results in {request.output}", sep="\n", flush=True)
     shutdown()

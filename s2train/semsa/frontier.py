@@ -4,7 +4,6 @@ It has points of chosen layouts and of others.
 """
 
 import json
-import os
 import shlex
 import sys
 import time
@@ -22,6 +21,7 @@ from s2train.attention.registry import LETTERS
 from s2train.config import ParallelConfig, ScheduleConfig
 from s2train.costs.prediction import model_costs
 from s2train.distributed.agreement import broadcast_from_rank_0
+from s2train.distributed.ranks import is_rank_0, world_size
 from s2train.environment.hardware import detect_own
 from s2train.environment.provenance import environment
 from s2train.errors import ConfigError
@@ -57,7 +57,7 @@ def measure_frontier(cfg: FrontierConfig) -> dict[str, Any]:
     content = begun_content(cfg, profile, subject, retrieval)
     output, rows = Path(cfg.output), content["rows"]
     device = initialize(ParallelConfig(tp=cfg.tp), cfg.seed)
-    is_first = os.environ.get("RANK", "0") == "0"
+    is_first = is_rank_0()
     if is_first and rows:
         print(f"resuming {output}: {len(rows)} layouts are measured", flush=True)
     measured = {Point(row["layout"], row["budget"], row["draw"]) for row in rows}
@@ -129,7 +129,7 @@ def _read_request(cfg: FrontierConfig) -> tuple[Profile, Subject, Retrieval | No
     profile = load_profile(cfg.profile)
     subject = read_subject(
         cfg.checkpoint, cfg.data, seq_length=profile.seq_length, held_out=True, tp=cfg.tp, seed=cfg.seed,
-        attention_backend=cfg.attention_backend, world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        attention_backend=cfg.attention_backend, world_size=world_size(),
         hardware=detect_own(),
     )  # fmt: skip
     check_same_model(profile, weights_fingerprint(subject.checkpoint), cfg.profile, subject.checkpoint)

@@ -4,7 +4,6 @@ It runs forward and backward, and saves the sums so far to resume from.
 """
 
 import json
-import os
 import shlex
 import sys
 import time
@@ -17,6 +16,7 @@ from megatron.core import parallel_state
 
 from s2train.config import ParallelConfig
 from s2train.distributed.agreement import broadcast_from_rank_0
+from s2train.distributed.ranks import is_rank_0, world_size
 from s2train.environment.hardware import detect_own
 from s2train.environment.provenance import environment
 from s2train.errors import ConfigError
@@ -39,10 +39,10 @@ def profile_checkpoint(cfg: ProfileAttentionConfig) -> None:
     Raises:
         ConfigError: a setting can't work; before a process group exists, unless the checkpoint is damaged.
     """
-    request = read_request(cfg, int(os.environ.get("WORLD_SIZE", "1")), detect_own())
-    subject, is_first = request.subject, os.environ.get("RANK", "0") == "0"
+    request = read_request(cfg, world_size(), detect_own())
+    subject, is_first = request.subject, is_rank_0()
     about = _about(cfg, request)
-    ranks = int(os.environ.get("WORLD_SIZE", "1")) // cfg.tp
+    ranks = world_size() // cfg.tp
     is_finished = is_first and _is_finished(cfg, request, about)
     base = _unfinished(request, about, cfg.overwrite, ranks) if is_first and not is_finished else None
     device = initialize(ParallelConfig(tp=cfg.tp), cfg.seed)

@@ -1,6 +1,5 @@
 """Runs pretraining from a configuration to the last checkpoint."""
 
-import os
 from dataclasses import asdict
 from functools import partial
 from threading import Thread
@@ -22,6 +21,7 @@ from s2train.data.datasets import build_datasets
 from s2train.data.end_token import run_tokenizer
 from s2train.data.tokenizers import Tokenizer
 from s2train.distributed.agreement import broadcast_from_rank_0
+from s2train.distributed.ranks import is_rank_0
 from s2train.distributed.rendezvous import fail_together
 from s2train.environment.hardware import Hardware
 from s2train.environment.versions import git_commit
@@ -80,7 +80,7 @@ def run(cfg: PretrainConfig, plan: Plan, times: StartTimes | None = None, compil
         times.end("libraries")
         backend = backend_of(cfg)
         cfg, tokenizer = run_tokenizer(cfg)
-        if os.environ.get("RANK", "0") == "0":  # the others wait for it at the rendezvous
+        if is_rank_0():  # the others wait for it at the rendezvous
             ensure_prepared(cfg)
             check_data(cfg, tokenizer)
             teacher = find_teacher(cfg, tokenizer)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from s2train.distributed.ranks import is_rank_0
 from s2train.errors import STATUS_FILE
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -43,7 +44,7 @@ class StopSignals:
             # The default handler kills the process even while it waits for other ranks in a collective.
             for second in _second_interrupts():
                 signal.signal(second, signal.SIG_DFL)
-            if os.environ.get("RANK", "0") == "0" and os.getpid() == self._pid:
+            if is_rank_0() and os.getpid() == self._pid:
                 # os.write, because print is not reentrant and the signal may interrupt one
                 os.write(
                     2, b"SIGINT: saving after this or the next step, then exiting; press Ctrl-C again to exit now\n"
