@@ -109,23 +109,33 @@ def main(arguments: list[str] | None = None) -> int:
         data["launches"].append(session.launches(parse_case(word)))
         save()
     save()
+    _show(console, data)
+    try:
+        draw(data, args.output.with_suffix(".png"), args.draw)
+    except ValueError as error:
+        console.print(f"no plot: {error}")
+    failed = _unexpected(data)
+    count = len(data["cases"]) + len(data["run_time"])
+    console.print(f"{count} cases in {data['seconds']:.0f} s, {len(failed)} failures: {args.output}")
+    return 1 if failed else 0
+
+
+def _show(console: Console, data: Record) -> None:
+    """Print the tables of all cases."""
     console.print(overview_table(data["cases"]))
     for record in data["launches"]:
         console.print(launch_table(record))
     if data["launches"]:
         console.print(short_table(data["launches"]))
     console.print(break_even_table(data["summary"]))
-    try:
-        draw(data, args.output.with_suffix(".png"), args.draw)
-    except ValueError as error:
-        console.print(f"no plot: {error}")
+
+
+def _unexpected(data: Record) -> list[str]:
+    """List the errors of contenders for other reasons than expected ones."""
     excused = ("not supported", "not run", "out of memory")
     errors = [r["error"] for r in data["run_time"] if "error" in r]
     errors += [r["error"] for case in data["cases"] for r in case["results"].values() if "error" in r]
-    failed = [error for error in errors if not error.startswith(excused)]
-    count = len(data["cases"]) + len(data["run_time"])
-    console.print(f"{count} cases in {data['seconds']:.0f} s, {len(failed)} failures: {args.output}")
-    return 1 if failed else 0
+    return [error for error in errors if not error.startswith(excused)]
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

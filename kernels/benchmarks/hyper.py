@@ -230,18 +230,25 @@ def phases(
     timed("samples dk, dv", lambda: launches.sample_dkdv(read, k_s, v_s, dk, dv, plan, call))
     timed("buckets dk, dv", lambda: launches.bucket_dkdv(read, kh, vh, dk, dv, plan, call))
     timed("cast gradients", lambda: [x.to(qh.dtype) for x in (dq, dk, dv)])
-    if not tune:
-        return times
-    sums = torch.zeros((*qh.shape[:3], vh.shape[3]), device=qh.device)
-    runs: dict[hyper_configs.Kernel, Callable[[], Any]] = {
-        "sample forward": lambda: launches.sample_forward(qh, k_s, v_s, None, plan, call),
-        "bucket forward": lambda: launches.bucket_forward(qh, kh, vh, sums, lse.clone(), plan, call),
-        "sample dq": lambda: launches.sample_dq(read, k_s, v_s, None, plan, call),
-        "bucket dq": lambda: launches.bucket_dq(read, kh, vh, dq, plan, call),
-        "sample dkdv": lambda: launches.sample_dkdv(read, k_s, v_s, dk, dv, plan, call),
-        "bucket dkdv": lambda: launches.bucket_dkdv(read, kh, vh, dk, dv, plan, call),
-    }
-    width = max(64, qh.shape[-1])
+    if tune:
+        sums = torch.zeros((*qh.shape[:3], vh.shape[3]), device=qh.device)
+        runs: dict[hyper_configs.Kernel, Callable[[], Any]] = {
+            "sample forward": lambda: launches.sample_forward(qh, k_s, v_s, None, plan, call),
+            "bucket forward": lambda: launches.bucket_forward(qh, kh, vh, sums, lse.clone(), plan, call),
+            "sample dq": lambda: launches.sample_dq(read, k_s, v_s, None, plan, call),
+            "bucket dq": lambda: launches.bucket_dq(read, kh, vh, dq, plan, call),
+            "sample dkdv": lambda: launches.sample_dkdv(read, k_s, v_s, dk, dv, plan, call),
+            "bucket dkdv": lambda: launches.bucket_dkdv(read, kh, vh, dk, dv, plan, call),
+        }
+        times |= _tune(runs, max(64, qh.shape[-1]), timed)
+    return times
+
+
+def _tune(
+    runs: dict[hyper_configs.Kernel, Callable[[], Any]], width: int, timed: Callable[[str, Callable[[], Any], int], Any]
+) -> Record:
+    """Time each kernel with other tiles, and return errors by tiles."""
+    errors: Record = {}
     for kernel, run in runs.items():
         kept = hyper_configs.HALF[kernel][width]
         try:
@@ -250,13 +257,13 @@ def phases(
                 hyper_configs.config_for.cache_clear()
                 words = f"{kernel} {config.rows}x{config.steps} warps {config.num_warps} stages {config.num_stages}"
                 with failures() as failed:
-                    timed(words, run, passes=3)
+                    timed(words, run, 3)
                 if failed:
-                    times[words] = failed[0]
+                    errors[words] = failed[0]
         finally:
             hyper_configs.HALF[kernel][width] = kept
             hyper_configs.config_for.cache_clear()
-    return times
+    return errors
 
 
 def case_table(record: Record) -> Table:
