@@ -8,7 +8,7 @@ from s2train.batch_sizes import samples_of
 from s2train.config import PretrainConfig
 from s2train.data.blend import dataset_prefixes, parse_blend
 from s2train.data.epochs import training_epochs
-from s2train.data.indexed import read_document_lengths, read_ends, read_metadata
+from s2train.data.indexed import Metadata, read_document_lengths, read_ends, read_metadata
 from s2train.data.parts import check_parts
 from s2train.data.splits import more_documents, split_documents_range
 from s2train.data.tokenizers import Tokenizer
@@ -53,47 +53,63 @@ def check_data(cfg: PretrainConfig, tokenizer: Tokenizer) -> None:
         remedy = vocabulary_for(tokenizer.vocab_size, cfg.parallel.tp)
         raise ConfigError("model.vocab_size", cfg.model.vocab_size, problem, remedy)
     check_parts(cfg)
+    prefixes = _check_lengths(cfg, tokenizer)
+    _check_epochs(cfg)
+    for prefix in prefixes:
+        metadata = read_metadata(prefix)
+        if metadata is not None:
+            _check_metadata(cfg, prefix, metadata, prefixes, tokenizer)
+            continue
+        _check_ids(cfg, prefix)
+        if cfg.data.attention_within_documents:
+            _check_ends(prefix, tokenizer)
+    check_writable("data.cache", cfg.data.cache)
+
+
+def _check_lengths(cfg: PretrainConfig, tokenizer: Tokenizer) -> list[str]:
+    """Check that each part is long enough; return all datasets."""
     blend = parse_blend(cfg.data.path)
     prefixes = list(blend.prefixes)
     if blend.is_mock:
         _check_splits(cfg, "mock data", MockGPTLowLevelDataset(tokenizer).sequence_lengths)
-    elif cfg.data.valid_path is None:
+        return prefixes
+    if cfg.data.valid_path is None:
         for prefix in prefixes:
             _check_splits(cfg, prefix, read_document_lengths(prefix))
-    else:
-        for prefix in prefixes:
-            _check_length(cfg, prefix, "train", read_document_lengths(prefix))
-        for prefix in dataset_prefixes(cfg.data.valid_path):
-            try:
-                _check_length(cfg, prefix, "held-out", read_document_lengths(prefix))
-            except ConfigError as error:
-                if error.setting != "data.path":
-                    raise
-                raise ConfigError("data.valid_path", prefix, error.problem, error.remedy) from error
-            prefixes.append(prefix)
-    _check_epochs(cfg)
+        return prefixes
     for prefix in prefixes:
-        metadata = read_metadata(prefix)
-        if metadata is None:
-            _check_ids(cfg, prefix)
-            if cfg.data.attention_within_documents:
-                _check_ends(prefix, tokenizer)
-        elif metadata.fingerprint != tokenizer.fingerprint:
-            problem = f"{prefix} was made with another tokenizer, {metadata.tokenizer}"
-            remedy = (
-                f"Set data.tokenizer={metadata.tokenizer}, or prepare the text again:"
-                f" python launch/prepare_data.py input=… output=… tokenizer={tokenizer.name}"
-            )
-            raise ConfigError("data.tokenizer", tokenizer.name, problem, remedy)
-        elif metadata.end_token not in (None, tokenizer.end_token):
-            problem = f"{prefix} was prepared with the end token {metadata.end_token}"
-            made = ((other, read_metadata(other)) for other in prefixes)
-            if agreeing := [other for other, data in made if data and data.end_token == tokenizer.end_token]:
-                problem = f"{problem}, but {agreeing[0]} with {tokenizer.end_token}"
-                raise ConfigError("data.path", cfg.data.path, problem, "Prepare one of them again, with end_token")
-            remedy = f"Set 'data.end_token=\"{metadata.end_token}\"', in both quotes, or prepare the text again"
-            raise ConfigError("data.end_token", tokenizer.end_token, problem, remedy)
-    check_writable("data.cache", cfg.data.cache)
+        _check_length(cfg, prefix, "train", read_document_lengths(prefix))
+    held_out = dataset_prefixes(cfg.data.valid_path)
+    for prefix in held_out:
+        try:
+            _check_length(cfg, prefix, "held-out", read_document_lengths(prefix))
+        except ConfigError as error:
+            if error.setting != "data.path":
+                raise
+            raise ConfigError("data.valid_path", prefix, error.problem, error.remedy) from error
+    return [*prefixes, *held_out]
+
+
+def _check_metadata(
+    cfg: PretrainConfig, prefix: str, metadata: Metadata, prefixes: list[str], tokenizer: Tokenizer
+) -> None:
+    """Check that the run has the tokenizer that made a dataset."""
+    if metadata.fingerprint != tokenizer.fingerprint:
+        problem = f"{prefix} was made with another tokenizer, {metadata.tokenizer}"
+        remedy = (
+            f"Set data.tokenizer={metadata.tokenizer}, or prepare the text again:"
+            f" python launch/prepare_data.py input=… output=… tokenizer={tokenizer.name}"
+        )
+        raise ConfigError("data.tokenizer", tokenizer.name, problem, remedy)
+    if metadata.end_token in (None, tokenizer.end_token):
+        return
+    problem = f"{prefix} was prepared with the end token {metadata.end_token}"
+    made = ((other, read_metadata(other)) for other in prefixes)
+    if agreeing := [other for other, data in made if data and data.end_token == tokenizer.end_token]:
+        problem = f"{problem}, but {agreeing[0]} with {tokenizer.end_token}"
+        raise ConfigError("data.path", cfg.data.path, problem, "Prepare one of them again, with end_token")
+    remedy = f"Set 'data.end_token=\"{metadata.end_token}\"', in both quotes, or prepare the text again"
+    raise ConfigError("data.end_token", tokenizer.end_token, problem, remedy)
 
 
 def _check_epochs(cfg: PretrainConfig) -> None:

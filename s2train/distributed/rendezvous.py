@@ -17,11 +17,8 @@ from torch.distributed import DistError, DistStoreError, PrefixStore, Store
 from s2train.errors import ConfigError, MissingRankError, StartUpError
 
 START_TIMEOUT = timedelta(minutes=10)  # for the slowest rank to import from a shared disk
-_ACKNOWLEDGE_TIMEOUT = timedelta(
-    seconds=30
-)  # rank 0 may host the store: it waits this long for the others to read the errors
-
-
+# Rank 0 may host the store: it waits this long for the others to read the errors.
+_ACKNOWLEDGE_TIMEOUT = timedelta(seconds=30)
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets them for each rank
 
 
