@@ -17,7 +17,7 @@ from s2train.distributed.agreement import broadcast_from_rank_0
 from s2train.files import set_aside
 from s2train.inference.generation import Decode
 from s2train.needles.heat_map import draw_heat_map, score_table
-from s2train.needles.results import CellReach, NeedleResults, load_results
+from s2train.needles.results import Cell, CellReach, NeedleResults, load_results
 from s2train.needles.retrieval import NeedleGrid, Ranks, evaluate_grid
 from s2train.needles.samples import TaskSampler
 
@@ -83,10 +83,7 @@ def run_needles(
             if is_writer and is_new:
                 results.save(table_path)
             time_taken = f"{cell.seconds:.1f} s" if is_new else "from earlier results"
-            contained = cell.contained
-            found = "" if contained is None else f", {contained.correct}/{contained.trials} values found"
-            outcome = f"{cell.correct}/{cell.trials} exact{found}{_describe_reach(cell.reach)}, {time_taken}"
-            progress.console.print(f"{name}  length {cell.length:>7,}  depth {cell.depth:>6.1%}  {outcome}")
+            progress.console.print(f"{name}  {_describe(cell)}, {time_taken}")
             progress.advance(task)
             began = time.perf_counter()
     if is_writer:
@@ -95,6 +92,13 @@ def run_needles(
     console.print(score_table(results))
     console.print(f"{_summary(results)}   table {table_path}   heat map {picture_path}")
     return results
+
+
+def _describe(cell: Cell) -> str:
+    contained = cell.contained
+    found = "" if contained is None else f", {contained.correct}/{contained.trials} values found"
+    outcome = f"{cell.correct}/{cell.trials} exact{found}{_describe_reach(cell.reach)}"
+    return f"length {cell.length:>7,}  depth {cell.depth:>6.1%}  {outcome}"
 
 
 def _summary(results: NeedleResults) -> str:
