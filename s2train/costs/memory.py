@@ -106,16 +106,15 @@ def rank_memory(
     stages: Stages,
     layouts: int,
     kind: str,
-    impl: Implementations | None = None,
+    impl: Implementations,
 ) -> Memory:
     """Estimate the memory of the pipeline rank that needs the most.
 
     Args:
         layouts: bytes.
         kind: "cuda" or "cpu".
-        impl: what computes the loss and SwiGLU; None: only torch and Megatron.
+        impl: what computes the loss and SwiGLU.
     """
-    impl = impl or Implementations()
     ranks = (
         _stage_memory(cfg, world_size, stage, stages.layers_of_rank(hybrid, stage), layouts, kind, impl)
         for stage in range(cfg.parallel.pp)
@@ -189,13 +188,12 @@ def stage_activations(
     chunks: Chunks,
     num_micro_batches: int,
     kind: str,
-    impl: Implementations | None = None,
+    impl: Implementations,
 ) -> int:
     """Return peak activation bytes of a rank of pipeline stage `stage`.
 
     Its chunks have these layers.
     """
-    impl = impl or Implementations()
     model, train, parallel = cfg.model, cfg.train, cfg.parallel
     tokens, width = rank_tokens(cfg), element_bytes(cfg)
     # Sequence parallelism divides the tensors between the blocks: residual stream and norms.

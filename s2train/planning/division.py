@@ -214,8 +214,8 @@ class _Planner:
             self.stages[split] = pipeline_stages(cfg.model, cfg.parallel, self.costs)
         if crosses not in self.layouts:
             self.layouts[crosses] = layouts_nbytes(cfg, self.hybrid, self.impl)
-        given = self.stages[split], self.layouts[crosses], self.hardware.kind, self.impl
-        memory = rank_memory(cfg, self.hybrid, self.gpus, *given)
-        found = predict_step(cfg, self.hybrid, self.stages[split], self.gpus, self.hardware, self.flops, self.impl)
+        stages, layouts = self.stages[split], self.layouts[crosses]
+        memory = rank_memory(cfg, self.hybrid, self.gpus, stages, layouts, self.hardware.kind, self.impl)
+        found = predict_step(cfg, self.hybrid, stages, self.gpus, self.hardware, self.flops, self.impl)
         assert found is not None  # `propose` has checked what a prediction needs
         return Candidate(cfg, self.gpus, memory, found)

@@ -10,6 +10,7 @@ from collections import Counter
 import torch
 from torch import Tensor
 
+from s2train.costs.implementations import Implementations
 from s2train.costs.memory import stage_activations
 from s2train.costs.parameters import total_parameters
 from s2train.megatron.layer_backends import choose_backend
@@ -57,7 +58,7 @@ def measure(overrides: list[str], device: torch.device) -> dict[str, tuple[int, 
     assert saved.now == 0
     return {
         "parameters": (sum(p.numel() for p in model.parameters()), total_parameters(cfg.model, layers)),
-        "activations": (saved.most, stage_activations(cfg, 0, (layers,), 1, "cpu")),
+        "activations": (saved.most, stage_activations(cfg, 0, (layers,), 1, "cpu", Implementations())),
     }
 
 

@@ -12,6 +12,7 @@ from s2train.attention.registry import LETTERS
 from s2train.config import LayoutConfig, ModelConfig, ParallelConfig, PretrainConfig, TrainConfig
 from s2train.costs.attention import layout_nbytes
 from s2train.costs.flops import token_flops
+from s2train.costs.implementations import Implementations
 from s2train.costs.memory import rank_memory, stage_activations
 from s2train.costs.parameters import stage_parameters, total_parameters
 from s2train.environment.hardware import Hardware, gpu_rates
@@ -127,7 +128,7 @@ def test_the_distributed_optimizer_is_shared_over_data_and_context_parallel_rank
 def activations(cfg: PretrainConfig, stage: int = 0, micro_batches: int = 64) -> int:
     chunks = cfg.parallel.vpp or 1
     layers = (dense(cfg.model)[: cfg.model.num_layers // (cfg.parallel.pp * chunks)],) * chunks
-    return stage_activations(cfg, stage, layers, micro_batches, "cuda")
+    return stage_activations(cfg, stage, layers, micro_batches, "cuda", Implementations())
 
 
 def test_activations_grow_with_the_sequence_not_its_square() -> None:
@@ -210,7 +211,8 @@ def test_the_plan_is_of_the_fullest_stage() -> None:
     assert found.rank_parameters == max(
         stage_parameters(cfg.model, cfg.parallel, stage, dense(cfg.model)[:8]) for stage in range(4)
     )
-    assert found.memory == rank_memory(cfg, hybrid_layout(cfg), 8, found.pipeline.stages, found.memory.layouts, "cuda")
+    stages, layouts = found.pipeline.stages, found.memory.layouts
+    assert found.memory == rank_memory(cfg, hybrid_layout(cfg), 8, stages, layouts, "cuda", Implementations())
     assert found.memory.activations == activations(cfg, 0)
 
 
