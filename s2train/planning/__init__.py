@@ -5,12 +5,13 @@ can't work and names the setting to change; `asked_plan` and `format_plan` produ
 and `format_proposal` that of `plan.gpus=N`.
 """
 
-from s2train.planning.checks import asked_plan, check, check_memory, hybrid_layout, preview, resolve
+from s2train.planning.checks import asked_plan, check, check_memory, preview, resolve
 from s2train.planning.compose import compose_run
 from s2train.planning.plan import Plan, make_plan
 from s2train.planning.proposal import propose
 from s2train.planning.proposal_report import format_proposal
 from s2train.planning.report import epochs_of_plan, format_plan
+from s2train.planning.run_layout import hybrid_layout
 
 __all__ = [
     "Plan",

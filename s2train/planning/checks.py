@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from s2train.attention.hybrid import HybridLayout, build_hybrid_layout
+from s2train.attention.hybrid import HybridLayout
 from s2train.command_line.budgets import steps_given
 from s2train.command_line.group_values import no_model
 from s2train.config import PretrainConfig, to_object
@@ -18,6 +18,7 @@ from s2train.data.parts import check_parts
 from s2train.environment.hardware import Hardware
 from s2train.errors import ConfigError
 from s2train.planning.plan import Plan, make_plan
+from s2train.planning.run_layout import hybrid_layout
 from s2train.planning.targets import planned_for
 from s2train.validation.attention_kinds import check_kinds
 from s2train.validation.division import check_division, multiple_of, smallest_world
@@ -183,22 +184,6 @@ def check_layout(cfg: PretrainConfig, hybrid: HybridLayout, hardware: Hardware) 
     check_blocks(cfg, hybrid)
     check_kinds(cfg, hybrid, hardware)
     check_kernel_settings(cfg, hybrid)
-
-
-def hybrid_layout(cfg: PretrainConfig) -> HybridLayout:
-    """Build the layout of all heads and layers of a run's model.
-
-    Raises:
-        ConfigError: layout or schedule don't fit the model's layers and heads.
-    """
-    model = cfg.model
-    return build_hybrid_layout(
-        cfg.layout,
-        cfg.schedule,
-        num_layers=model.num_layers,
-        num_heads=model.num_attention_heads,
-        num_query_groups=model.num_query_groups,
-    )
 
 
 def check_blocks(cfg: PretrainConfig, hybrid: HybridLayout) -> None:

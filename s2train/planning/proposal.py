@@ -12,8 +12,9 @@ from s2train.costs.memory import GIB
 from s2train.costs.step_time import GPUS_PER_MACHINE
 from s2train.environment.hardware import Hardware, detect_own
 from s2train.errors import ConfigError
-from s2train.planning.checks import check_planned_machine, check_settings, hybrid_layout
+from s2train.planning.checks import check_planned_machine, check_settings
 from s2train.planning.division import Search, can_divide, search
+from s2train.planning.run_layout import hybrid_layout
 from s2train.planning.targets import ONE_OF_NAMES, target_gpu
 from s2train.validation.overlap import check_overlap
 

@@ -21,7 +21,8 @@ from s2train.errors import ConfigError
 from s2train.files import check_writable, write_json
 from s2train.pictures import choose_layers, draw_layout
 from s2train.pictures.style import tokens
-from s2train.planning.checks import check_blocks, hybrid_layout
+from s2train.planning.checks import check_blocks
+from s2train.planning.run_layout import hybrid_layout
 from s2train.validation.attention_kinds import require_feature
 from s2train.validation.values import check_sequence, check_values
 

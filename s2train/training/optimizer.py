@@ -154,7 +154,7 @@ def gradient_norm(optimizer: MegatronOptimizer) -> float:
 
 
 def take_step(optimizer: MegatronOptimizer, norm: float, share: float = 1.0) -> None:
-    """Clip by the norm from `gradient_norm`, and step.
+    """Clip the prepared gradients of this norm, and step.
 
     Megatron's own step would prepare the gradients and compute their norm a second time.
 

@@ -9,9 +9,9 @@ from s2train.config import PretrainConfig
 from s2train.environment.hardware import Hardware, gpu_rates
 from s2train.errors import ConfigError
 from s2train.planning import compose_run, format_proposal, preview, proposal, propose
-from s2train.planning.checks import hybrid_layout
 from s2train.planning.division import Candidate, Search, can_divide
 from s2train.planning.proposal_report import why_slower
+from s2train.planning.run_layout import hybrid_layout
 from s2train.planning.targets import NAMES, planned_for, rates_basis, target_gpu
 from tests.program import ROOT, run
 
