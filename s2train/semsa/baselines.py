@@ -22,8 +22,10 @@ def uniform_window(profile: Profile, density: float) -> Layers | None:
     All heads get it. None if no window meets the budget.
     """
     blocks = -(-profile.seq_length // profile.block_size)
-    windows = [SlidingWindow(window, 1) for window in range(1, blocks + 1)]
-    return _same(_densest(profile, windows, density), profile)
+    found = _densest(profile, [SlidingWindow(window, 1) for window in range(1, blocks + 1)], density)
+    if found is None:
+        return None
+    return [[found] * profile.model.num_attention_heads for _ in range(profile.model.num_layers)]
 
 
 def stripes(profile: Profile, density: float) -> Layers | None:
@@ -61,12 +63,6 @@ def _densest(profile: Profile, patterns: Sequence[Kind], density: float) -> Kind
     shares = [(kept_share(pattern, size, length), number) for number, pattern in enumerate(patterns)]
     fitting = [(share, number) for share, number in shares if share <= density]
     return patterns[max(fitting)[1]] if fitting else None
-
-
-def _same(pattern: Pattern | None, profile: Profile) -> Layers | None:
-    if pattern is None:
-        return None
-    return [[pattern] * profile.model.num_attention_heads] * profile.model.num_layers
 
 
 def mean_density(layers: Layers, profile: Profile) -> float:
