@@ -72,7 +72,8 @@ def _lists(slots: int) -> Callable[[int, torch.device], Layout]:
 
 def _exact_keys(length: int, device: torch.device) -> Layout:
     """Return HyperAttention's layout of exact keys."""
-    return local_layout(HyperSettings(), length, 16, True, device)
+    settings = HyperSettings()
+    return local_layout(settings, -(-length // settings.block), length <= settings.shortest, 16, True, device)
 
 
 def _window_and_sink(length: int, device: torch.device) -> Layout:

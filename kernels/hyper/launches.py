@@ -75,7 +75,8 @@ class Call:
 
     def layout(self, device: torch.device) -> BlockLayout:
         """Return the block layout of exact keys."""
-        return local_layout(self.settings, self.length, self.heads, self.spec.causal, device)
+        blocks = -(-self.length // self.settings.block)
+        return local_layout(self.settings, blocks, self.short, self.heads, self.spec.causal, device)
 
 
 def call_of(q: Tensor, k: Tensor, v: Tensor, settings: HyperSettings, spec: AttentionSpec) -> Call:
@@ -84,10 +85,16 @@ def call_of(q: Tensor, k: Tensor, v: Tensor, settings: HyperSettings, spec: Atte
 
 
 @lru_cache(maxsize=64)  # within documents a step has many lengths
-def local_layout(settings: HyperSettings, length: int, heads: int, causal: bool, device: torch.device) -> BlockLayout:
-    """Return the layout of what is read exactly: intervals, window, sinks."""
+def local_layout(
+    settings: HyperSettings, blocks: int, short: bool, heads: int, causal: bool, device: torch.device
+) -> BlockLayout:
+    """Return the layout of what is read exactly: intervals, window, sinks.
+
+    It is built on the host: documents have new lengths in every step, and on a GPU building it and its schedules would
+    wait each time.
+    """
     block = settings.block
-    interval = settings.shortest // block if causal or length <= settings.shortest else 0
+    interval = settings.shortest // block if causal or short else 0
     window, sinks = settings.window // block, settings.sinks // block
 
     def keeps(query: Tensor, key: Tensor) -> Tensor:
@@ -98,8 +105,7 @@ def local_layout(settings: HyperSettings, length: int, heads: int, causal: bool,
             kept = kept | (query // interval == key // interval)
         return kept & (key <= query) if causal else kept
 
-    blocks = -(-length // block)
-    return BlockLayout.from_rule([keeps], [0] * heads, block, blocks, blocks, device=device)
+    return BlockLayout.from_rule([keeps], [0] * heads, block, blocks, blocks, device="cpu").copied_to(device)
 
 
 def hash_rows(x: Tensor, directions: Tensor) -> Tensor:

@@ -76,6 +76,16 @@ def test_the_kernel_hashes_as_torch(heads: int, group: int, dim: int, bits: int,
     assert hash_rows(x, directions).equal(expected)
 
 
+def test_the_layout_of_exact_keys_is_built_without_reading_the_device() -> None:
+    from s2train.kernels.hyper.launches import local_layout
+
+    layout = local_layout(SMALL, 9, False, 2, True, torch.device("meta"))  # nothing can be read from a meta tensor
+    expected = local_layout(SMALL, 9, False, 2, True, torch.device("cpu"))
+    assert layout.device.type == "meta"
+    assert layout.on_host is not None
+    assert layout.on_host.mask().equal(expected.mask())
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("length", [33, 75, 128, 211])
 def test_the_plan_lists_what_the_oracle_weighs(length: int, causal: bool) -> None:
