@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..layout import BlockLayout
-from .pair_parts import PairParts, cut_pairs
+from .pair_parts import PairParts, cut_pairs, may_cut
 from .program_order import program_order
 from .shared_tiles import SharedTiles, divide, shared_tiles
 
@@ -91,6 +91,8 @@ def _build(
     limits = (first_tile, end_tile, s_k, causal)
     members = layout.num_heads // num_kv_heads
     second = options.second_pairs and layout.block_size == TILE and members > 1
+    if not may_cut(members * (end_tile - first_tile) // tiles):
+        copies = 0
     cut = None
     if copies or not second:
         meta, steps = _pairs_of_heads(layout, num_kv_heads, *limits, replace(options, second_pairs=False))

@@ -41,6 +41,11 @@ class PairParts:
     num_slots: int
 
 
+def may_cut(most_steps: int) -> bool:
+    """Return whether `cut_pairs` may cut pairs of at most so many steps."""
+    return most_steps > LEAST_STEPS
+
+
 def cut_pairs(meta: Tensor, steps: Tensor, copies: int, device: torch.device) -> tuple[Tensor, PairParts] | None:
     """Cut the heavy pairs of `meta` (int64).
 

@@ -1,8 +1,11 @@
 """The schedule of Hopper's one-pass backward, spelled out per token."""
 
+from typing import Any
+
 import pytest
 import torch
 from s2train.kernels import BlockLayout
+from s2train.kernels.hopper import backward_schedule as module
 from s2train.kernels.hopper import pair_parts, shared_tiles
 from s2train.kernels.hopper.backward_schedule import (
     ACTIVE_BITS,
@@ -132,6 +135,20 @@ def test_pairs_that_are_cut_have_no_second_partners(
     expected = plain if is_cut else whole
     assert isinstance(second.parts, PairParts) == is_cut
     assert second.meta.equal(expected.meta)
+
+
+def test_pairs_of_too_few_queries_to_be_cut_are_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    built, kept_tiles = [], module.kept_tiles_of_group
+
+    def counted(layout: BlockLayout, group: tuple[int, ...], *limits: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        built.append(group)
+        return kept_tiles(layout, group, *limits)
+
+    monkeypatch.setattr(module, "kept_tiles_of_group", counted)
+    layout = local_and_vertical(8, 4, False, 8192)
+    s_q = 64 * TILE  # of two members: a pair has 128 steps at most
+    backward_schedule(layout, 4, s_q, 8192, 8192 - s_q, True, 1, ScheduleOptions(second_pairs=True))
+    assert len(built) == 4
 
 
 def test_ordering_by_query_head_changes_only_the_order() -> None:
