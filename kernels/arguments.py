@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from .bounds_cache import of_documents
 from .spec import FORMATS, AttentionSpec, Format, shape_bhsd
 from .topk_layout import Layout, TopKLayout
 
@@ -131,8 +133,10 @@ def check_values(layout: Layout, spec: AttentionSpec, s_q: int) -> None:
 
     Raises ValueError on a CPU; on a GPU a device-side assertion fails.
     """
-    if spec.cu_seqlens is not None:
-        check_documents(spec.cu_seqlens, s_q, layout)
+    bounds = spec.cu_seqlens
+    if bounds is not None:
+        check = partial(check_documents, bounds, s_q, layout)
+        of_documents(layout.cache, ("checked documents", s_q), bounds, check)
     if isinstance(layout, TopKLayout):
         layout.check_values()
 

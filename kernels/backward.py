@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .column_parts import column_parts
 from .configs import config_for, padded, shared_limit
-from .forward import key_position, key_tiles, num_query_tiles, pattern_stride, query_tile
+from .forward import key_position, key_tiles, num_query_tiles, packed_tiles, pattern_stride, query_tile
 from .fp_fusion import with_fp_fusion
 from .part_sums import launch_of_sums, new_parts, s2_attention_bwd_kernel_add_parts
 from .spec import AttentionSpec, empty, empty_bhsd
@@ -25,7 +25,6 @@ from .tiles import (
     LOG2_E,
     check_launch,
     count_below,
-    document_tiles,
     load_lse,
     load_tile,
     store_tile,
@@ -338,7 +337,7 @@ def backward(
                 V_DIM=v_dim, PADDED_V_DIM=padded(v_dim), ROWS=_PREPROCESS_ROWS, HAS_DLSE=dlse is not None,
             )  # fmt: skip
             config = config_for("dq", block, dim, v_dim, q.dtype, limit)
-            tiles = None if spec.cu_seqlens is None else document_tiles(spec.cu_seqlens, s_q, config.rows)
+            tiles = packed_tiles(spec, layout, s_q, config.rows)
             num_tiles = num_query_tiles(s_q, spec.query_offset, config.rows) if tiles is None else len(tiles)
             programs = batch * num_heads * num_tiles
             check_launch(programs, layout.row_columns.numel(), block // config.steps)
@@ -354,7 +353,7 @@ def backward(
             )  # fmt: skip
         if k.numel() > 0:
             config = config_for("dkdv", block, dim, v_dim, q.dtype, limit)
-            tiles = None if spec.cu_seqlens is None else document_tiles(spec.cu_seqlens, s_k, config.rows)
+            tiles = packed_tiles(spec, layout, s_k, config.rows)
             sequences, key_tiles = batch // layout.batch_size, block // config.rows
             split = None
             if spec.split_columns and not packed:

@@ -7,11 +7,14 @@ offset may be partial. Positions count from the start of the sequence or of the 
 # Triton interprets the annotations of its functions, so tensor arguments have none.
 # mypy: allow-untyped-defs
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .bounds_cache import of_documents
 from .configs import config_for, padded, shared_limit
 from .fp_fusion import with_fp_fusion
 from .spec import AttentionSpec, empty, empty_bhsd
@@ -183,6 +186,15 @@ def pattern_stride(layout: Layout) -> int:
     return 0 if layout.batch_size == 1 else layout.num_heads
 
 
+def packed_tiles(spec: AttentionSpec, layout: Layout, num_rows: int, rows: int) -> Tensor | None:
+    """Return the call's `document_tiles`; None without packed documents."""
+    bounds = spec.cu_seqlens
+    if bounds is None:
+        return None
+    build = partial(document_tiles, bounds, num_rows, rows)
+    return of_documents(layout.cache, ("document_tiles", num_rows, rows), bounds, build)
+
+
 def forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """Compute output [b, h, s_q, d_v] and log-sum-exp float32 [b, h, s_q].
 
@@ -194,9 +206,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, spec: AttentionSpec
     out = empty_bhsd((batch, num_heads, s_q, v_dim), q, spec.format)
     lse = empty((batch, num_heads, s_q), torch.float32, q.device)
     config = config_for("forward", layout.block_size, dim, v_dim, q.dtype, shared_limit(q.device))
-    tiles = None
-    if spec.cu_seqlens is not None:
-        tiles = document_tiles(spec.cu_seqlens, s_q, config.rows)
+    tiles = packed_tiles(spec, layout, s_q, config.rows)
     num_tiles = num_query_tiles(s_q, spec.query_offset, config.rows) if tiles is None else len(tiles)
     if out.numel() == 0:
         return out, lse

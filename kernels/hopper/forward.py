@@ -12,6 +12,7 @@ softmax runs during the second. This is the order of FlashAttention-3 (Shah et a
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..bounds_cache import of_documents
 from ..configs import multiprocessors
 from ..fp_fusion import with_fp_fusion
 from ..launch import launch
@@ -493,7 +495,10 @@ def hopper_forward(
     out = empty_bhsd((batch, num_heads, s_q, v.shape[3]), q, spec.format)
     lse = empty((batch, num_heads, s_q), torch.float32, q.device)
     config = config or CONFIGS[padded_to_panels(dim), min(layout.block_size, TILE)]
-    documents = None if spec.cu_seqlens is None else document_table(spec.cu_seqlens, s_q, TILE, layout.cache)
+    documents, bounds = None, spec.cu_seqlens
+    if bounds is not None:
+        build = partial(document_table, bounds, s_q, TILE, layout.compiled)
+        documents = of_documents(layout.cache, ("document_table", s_q), bounds, build)
     num_items, arguments, constants = launch_arguments(q, k, v, out, lse, documents, layout, spec, config)
     grid = (min(num_items, multiprocessors(q.device)), 1, 1)
     compiled = launch(

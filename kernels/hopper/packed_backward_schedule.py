@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from ..bounds_cache import of_documents
 from ..layout import BlockLayout
 from ..tiles import document_tiles
 from .backward_schedule import QUERY_BITS, TILE, BackwardSchedule, groups_of_patterns, kept_tiles_of_group, pair_steps
 
 _LAST_TILE = 2**QUERY_BITS - 1
-_RESULTS_KEPT = 16  # all layers share a sequence's bounds; a micro batch may have many sequences
 
 
 @dataclass(frozen=True)
@@ -36,23 +37,10 @@ class DocumentSteps:
 def packed_backward_schedule(
     layout: BlockLayout, num_kv_heads: int, cu_seqlens: Tensor, num_rows: int
 ) -> BackwardSchedule:
-    """Call `pairs_of_documents` and cache the last results in the layout.
-
-    All layers of a step share `cu_seqlens`; a context parallel rank has those of two chunks.
-    """
-    # a CUDA graph must rebuild them in every replay, from the current contents of `cu_seqlens`
-    capturing = cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()
-    if capturing or cu_seqlens.is_inference():
-        return pairs_of_documents(layout, num_kv_heads, cu_seqlens, num_rows)
-    key, state = ("packed_backward_schedule", num_kv_heads), (cu_seqlens._version, num_rows)
-    kept: list[tuple[Tensor, tuple[int, int], BackwardSchedule]] = layout.cache.setdefault(key, [])
-    for bounds, known, schedule in kept:
-        if bounds is cu_seqlens and known == state:
-            return schedule
-    schedule = pairs_of_documents(layout, num_kv_heads, cu_seqlens, num_rows)
-    kept.append((cu_seqlens, state, schedule))
-    del kept[:-_RESULTS_KEPT]
-    return schedule
+    """Call `pairs_of_documents`, once for all layers with this layout."""
+    key = ("packed_backward_schedule", num_kv_heads, num_rows)
+    build = partial(pairs_of_documents, layout, num_kv_heads, cu_seqlens, num_rows)
+    return of_documents(layout.cache, key, cu_seqlens, build)
 
 
 def pairs_of_documents(layout: BlockLayout, num_kv_heads: int, cu_seqlens: Tensor, num_rows: int) -> BackwardSchedule:

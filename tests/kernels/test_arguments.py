@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from s2train.kernels import Backend, BlockLayout, block_sparse_attention, resolve_backend
+from s2train.kernels import arguments as module
 from s2train.kernels.tiles import check_launch
 
 from tests.kernels.cases import Problem
@@ -62,6 +63,25 @@ def test_triton_on_a_cpu_needs_the_interpreter(backend: Backend, monkeypatch: py
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
         resolve_backend(backend, "cpu")
+
+
+def test_layers_check_the_documents_they_share_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    checks, check = [], module.check_documents
+
+    def counted(bounds: torch.Tensor, *others: Any) -> None:
+        checks.append(bounds)
+        check(bounds, *others)
+
+    monkeypatch.setattr(module, "check_documents", counted)
+    bounds = torch.tensor([0, 20, LENGTH])
+    call = arguments(cu_seqlens=bounds)
+    for _ in range(3):
+        block_sparse_attention(**call)
+    block_sparse_attention(**call | {"cu_seqlens": bounds.clone()})
+    assert len(checks) == 2
+    bounds[1] = LENGTH + 1
+    with pytest.raises(ValueError, match="ascend"):
+        block_sparse_attention(**call)
 
 
 @pytest.mark.parametrize("backend", ["triton", "portable"])

@@ -1,0 +1,34 @@
+"""Keep what is derived from the bounds of packed documents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+_KEPT = 16  # all layers share a sequence's bounds; a micro batch may have many sequences
+
+
+def of_documents(cache: dict[Any, Any], key: Hashable, cu_seqlens: Tensor, build: Callable[[], T]) -> T:
+    """Return `build()`, or an earlier result for these very bounds.
+
+    All layers of a step share `cu_seqlens`; a context parallel rank has those of two chunks.
+
+    Args:
+        cache: keeps the last results under `key`, which names what is built and all else that it depends on.
+    """
+    # a CUDA graph must build again in every replay, from the current contents of `cu_seqlens`
+    capturing = cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()
+    if capturing or cu_seqlens.is_inference():
+        return build()
+    kept: list[tuple[Tensor, int, T]] = cache.setdefault(key, [])
+    for bounds, version, found in kept:
+        if bounds is cu_seqlens and version == cu_seqlens._version:
+            return found
+    built = build()
+    kept.append((cu_seqlens, cu_seqlens._version, built))
+    del kept[:-_KEPT]
+    return built
