@@ -7,6 +7,7 @@ of 64, 128 and 256 all have steps of 128 x 128, which use the tensor cores best.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,10 @@ from ..layout import BlockLayout
 TILE = 128  # query rows per tile, and keys per step
 _HALVES = 2  # of 64 rows, each computed by one warpgroup
 _BOTH = 3  # flags: bits of the halves that keep a chunk
+_PAIRS_AT_ONCE = 2**18
 _HEAD_CLASSES = 16  # heads whose work differs by less than 1/16 of the largest keep their order
+
+Pattern = tuple[int, int, int]  # its number, and the range of its pairs in `row_columns`
 
 
 @dataclass(frozen=True)
@@ -70,12 +74,8 @@ def _build(layout: BlockLayout, causal: bool, s_k: int | None) -> ForwardSchedul
     bounds = layout.row_offsets[torch.stack([used * n_q, (used + 1) * n_q]).long()].tolist()
     num_tiles = -(-n_q * layout.block_size // TILE)
     chunk_keys = min(layout.block_size, TILE)
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    for pattern, begin, end in zip(used.tolist(), *bounds, strict=True):  # one at a time, to save memory
-        counts = layout.row_offsets[pattern * n_q : (pattern + 1) * n_q + 1].diff().long()
-        row = torch.repeat_interleave(torch.arange(n_q, device=layout.device), counts, output_size=end - begin)
-        column = layout.row_columns[begin:end].long()
-        parts.append(_steps_of_pattern(row, column, layout, num_tiles, causal, s_k))
+    patterns = list(zip(used.tolist(), *bounds, strict=True))
+    parts = [_steps_of_patterns(some, layout, num_tiles, causal, s_k) for some in _at_once(patterns)]
     steps, masked, chunks = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     if len(steps) and len(chunks) >= 2**31 - 2**16:
         raise ValueError(f"{len(chunks)} kept chunks are too many for 32-bit indices: use larger blocks")
@@ -97,11 +97,36 @@ def _build(layout: BlockLayout, causal: bool, s_k: int | None) -> ForwardSchedul
     )
 
 
-def _steps_of_pattern(
-    row: Tensor, column: Tensor, layout: BlockLayout, num_tiles: int, causal: bool, s_k: int | None
+def _at_once(patterns: list[Pattern]) -> Iterator[list[Pattern]]:
+    """Divide patterns into runs of few pairs.
+
+    Together they take fewer operators, one by one less memory.
+    """
+    run: list[Pattern] = []
+    for pattern in patterns:
+        if run and pattern[2] - run[0][1] > _PAIRS_AT_ONCE:
+            yield run
+            run = []
+        run.append(pattern)
+    yield run
+
+
+def _steps_of_patterns(
+    patterns: list[Pattern], layout: BlockLayout, num_tiles: int, causal: bool, s_k: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return steps and masked steps of each tile, and all chunks."""
-    tile, chunk, flags = _chunks_of_pattern(row, column, layout.block_size, causal)
+    """Return steps and masked steps of each tile, and all chunks.
+
+    Patterns have `num_tiles` tiles each, one pattern after the other.
+    """
+    n_q, rows = layout.num_query_blocks, num_tiles * TILE // layout.block_size
+    first = torch.arange(len(patterns), device=layout.device) * rows
+    row = first[:, None] + torch.arange(n_q, device=layout.device)
+    counts = torch.cat(
+        [layout.row_offsets[pattern * n_q : (pattern + 1) * n_q + 1].diff() for pattern, _, _ in patterns]
+    )
+    column = torch.cat([layout.row_columns[begin:end] for _, begin, end in patterns]).long()
+    row = torch.repeat_interleave(row.flatten(), counts.long(), output_size=len(column))
+    tile, chunk, flags = _chunks_of_patterns(row, column, layout.block_size, rows, causal)
     size = min(layout.block_size, TILE)
     num_chunks = -(-layout.num_key_blocks * layout.block_size // size)
     if s_k is not None:
@@ -109,7 +134,7 @@ def _steps_of_pattern(
         tile, chunk, flags = tile[inside], chunk[inside], flags[inside]
     masked = flags != _BOTH
     if causal:
-        masked |= (chunk + 1) * size - 1 > tile * TILE
+        masked |= (chunk + 1) * size - 1 > tile % num_tiles * TILE
     if s_k is not None:
         masked |= (chunk + 1) * size > s_k
 
@@ -117,8 +142,8 @@ def _steps_of_pattern(
     order = ((tile * 2 + ~masked) * num_chunks + num_chunks - 1 - chunk).argsort()
     tile, chunk, flags, masked = tile[order], chunk[order], flags[order], masked[order]
     per_step = TILE // size
-    kept = torch.bincount(tile, minlength=num_tiles)
-    needing_mask = torch.bincount(tile[masked], minlength=num_tiles)
+    kept = torch.bincount(tile, minlength=len(patterns) * num_tiles)
+    needing_mask = torch.bincount(tile[masked], minlength=len(kept))
     steps = ((kept + per_step - 1) // per_step).clamp(min=1)
     padding = steps * per_step - kept
     masked_steps = ((needing_mask + padding + per_step - 1) // per_step).clamp(min=1)
@@ -133,10 +158,12 @@ def _steps_of_pattern(
     return steps, masked_steps, chunks
 
 
-def _chunks_of_pattern(row: Tensor, column: Tensor, block: int, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _chunks_of_patterns(
+    row: Tensor, column: Tensor, block: int, rows: int, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return tile, chunk and flags of every chunk that a tile keeps.
 
-    Chunks that causality masks entirely are left out.
+    Chunks that causality masks entirely are left out. Each pattern has `rows` rows.
     """
     if block >= TILE:
         parts = torch.arange(block // TILE, device=row.device)
@@ -145,12 +172,12 @@ def _chunks_of_pattern(row: Tensor, column: Tensor, block: int, causal: bool) ->
         )
         tile, chunk = tile.flatten(), chunk.flatten()
         if causal:
-            seen = chunk <= tile
+            seen = chunk <= tile % (rows * len(parts))
             tile, chunk = tile[seen], chunk[seen]
         return tile, chunk, torch.full_like(tile, _BOTH)
     assert block * _HALVES == TILE
     if causal:
-        seen = column <= row
+        seen = column <= row % rows
         row, column = row[seen], column[seen]
     width = int(column.max()) + 1 if len(column) else 1
     pair, inverse = (row // _HALVES * width + column).unique(return_inverse=True)

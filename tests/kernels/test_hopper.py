@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from s2train.kernels import BlockLayout
+from s2train.kernels.hopper import forward_schedule as module
 from s2train.kernels.hopper import support as hopper_support
 from s2train.kernels.hopper.forward_schedule import TILE, ForwardSchedule, forward_schedule
 from s2train.kernels.hopper.support import (
@@ -85,6 +86,18 @@ def test_a_slice_of_heads_holds_only_its_patterns() -> None:
     schedule = forward_schedule(layout, causal=False, query_end=1024, s_k=1024)
     assert schedule.full_offsets.numel() == 2 * 8
     assert walked(schedule, layout, 1024, False).equal(token_mask(layout, 1024, 1024, causal=False))
+
+
+@pytest.mark.parametrize("block", [64, 256])
+def test_patterns_in_several_runs_have_the_same_work(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = random_layout(block, 7, 7)
+    together = forward_schedule(layout, causal=True, query_end=400, s_k=400)
+    for pairs in (1, len(layout.row_columns) // 2):
+        layout.cache.clear()
+        monkeypatch.setattr(module, "_PAIRS_AT_ONCE", pairs)
+        found = forward_schedule(layout, causal=True, query_end=400, s_k=400)
+        for name in ("step_offsets", "full_offsets", "chunks", "head_slot"):
+            assert getattr(found, name).equal(getattr(together, name))
 
 
 def test_work_is_built_once_for_all_causal_lengths() -> None:
