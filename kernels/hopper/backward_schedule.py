@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ..layout import BlockLayout
+from .kept_tiles import TILE, KeptTiles, kept_tiles_of_group
 from .pair_parts import PairParts, cut_pairs, may_cut
 from .program_order import program_order
 from .shared_tiles import SharedTiles, divide, shared_tiles
 
-TILE = 64
 ACTIVE_BITS, QUERY_BITS = 2, 20
 _LENGTHS_KEPT = 8  # context parallel ranks alternate between two query ranges
 MAX_GROUP = 2 ** (31 - ACTIVE_BITS - QUERY_BITS)
@@ -178,19 +178,16 @@ def groups_of_patterns(layout: BlockLayout, num_kv_heads: int) -> list[tuple[int
 
 
 def _pairs_of_group(
-    kept: list[tuple[Tensor, Tensor]], ratio: int, first_tile: int, end_tile: int, s_k: int, causal: bool,
+    kept: KeptTiles, ratio: int, first_tile: int, end_tile: int, s_k: int, causal: bool,
     options: ScheduleOptions,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Build `meta` and `steps` of one KV head from kept tiles.
-
-    Tiles are the query and key tiles that every head of the group keeps.
-    """
-    device = kept[0][0].device
+    """Build `meta` and `steps` of one KV head from kept tiles."""
+    device = kept.key.device
     num_key_tiles = -(-s_k // TILE)
     tile_at = torch.arange(-(-num_key_tiles // 2) * 2, device=device)  # halves of a block make a pair
     limits = (first_tile, end_tile, s_k, causal, options.query_tile // TILE)
     divided = None
-    if ratio == 1 and len(kept) > 1 and options.second_pairs:
+    if ratio == 1 and kept.members > 1 and options.second_pairs:
         divided = divide(kept, first_tile, end_tile - first_tile, num_key_tiles)
     if divided is not None:
         meta, steps = _pairs(divided.first, tile_at, *limits)
@@ -207,13 +204,13 @@ def _pairs_of_group(
 
 
 def _pairs(
-    kept: list[tuple[Tensor, Tensor]], tile_at: Tensor, first_tile: int, end_tile: int, s_k: int, causal: bool,
+    kept: KeptTiles, tile_at: Tensor, first_tile: int, end_tile: int, s_k: int, causal: bool,
     query_tiles: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Build `meta` and `steps` of pairs ``tile_at[2j]``, ``tile_at[2j + 1]``."""
     if query_tiles > 1:
-        kept = [_of_larger_tiles(tile, key, query_tiles, len(tile_at)) for tile, key in kept]
         first_tile, end_tile = first_tile // query_tiles, end_tile // query_tiles
+        kept = kept.of_larger_tiles(query_tiles, end_tile, len(tile_at))
     num_pairs = len(tile_at) // 2
     pair, masked, member, tile, steps = pair_steps(
         kept, tile_at, None, first_tile, end_tile, s_k, causal, query_tiles
@@ -227,14 +224,8 @@ def _pairs(
     return meta, steps[_step_order(pair, masked, member, tile)]
 
 
-def _of_larger_tiles(tile: Tensor, key: Tensor, tiles: int, num_keys: int) -> tuple[Tensor, Tensor]:
-    """Return the larger query tiles with any of their `tiles` tiles kept."""
-    code = torch.unique(tile // tiles * num_keys + key)
-    return code // num_keys, code % num_keys
-
-
 def pair_steps(
-    kept: list[tuple[Tensor, Tensor]], tile_at: Tensor, needed: Tensor | None,
+    kept: KeptTiles, tile_at: Tensor, needed: Tensor | None,
     first_tile: int, end_tile: int, s_k: int, causal: bool, query_tiles: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute all steps of a group, unordered.
@@ -243,13 +234,12 @@ def pair_steps(
     ``tile_at[2j + 1]`` form pair j. A pair that no head keeps gets a step that keeps nothing; with `needed` [pairs], so
     does each pair whose needed query tile no head keeps. A query tile is as large as `query_tiles` key tiles.
     """
-    tile, key_tile = torch.cat([t for t, _ in kept]), torch.cat([k for _, k in kept])
-    member = torch.cat([torch.full_like(t, m) for m, (t, _) in enumerate(kept)])
     num_tiles, num_pairs = end_tile - first_tile, len(tile_at) // 2
-    place = torch.empty_like(tile_at).scatter_(0, tile_at, torch.arange(len(tile_at), device=tile.device))
-    at = place[key_tile]
-    per_pair = len(kept) * num_tiles
-    code, inverse = torch.unique(at // 2 * per_pair + member * num_tiles + tile - first_tile, return_inverse=True)
+    place = torch.empty_like(tile_at).scatter_(0, tile_at, torch.arange(len(tile_at), device=tile_at.device))
+    at = place[kept.key]
+    per_pair = kept.members * num_tiles
+    row = kept.member * num_tiles + kept.query - first_tile
+    code, inverse = torch.unique(at // 2 * per_pair + row, return_inverse=True)
     active = torch.zeros_like(code).scatter_add_(0, inverse, 1 << (at % 2))
 
     counted = code // per_pair
@@ -259,7 +249,7 @@ def pair_steps(
     code = torch.cat([code, without * per_pair + (0 if needed is None else needed[without] - first_tile)])
     active = torch.cat([active, torch.zeros_like(without)])
 
-    pair, member, tile = code // per_pair, code // num_tiles % len(kept), code % num_tiles + first_tile
+    pair, member, tile = code // per_pair, code // num_tiles % kept.members, code % num_tiles + first_tile
     tiles_of_pair = tile_at.view(-1, 2)
     masked = (active != 3) | ((tiles_of_pair + 1) * TILE > s_k).any(1)[pair]
     if causal:
@@ -267,17 +257,16 @@ def pair_steps(
     return pair, masked, member, tile, (member << (ACTIVE_BITS + QUERY_BITS) | tile << ACTIVE_BITS | active).int()
 
 
-def _cheapest_order(kept: list[tuple[Tensor, Tensor]], num_tiles: int, first_tile: int, num_key_tiles: int) -> Tensor:
+def _cheapest_order(kept: KeptTiles, num_tiles: int, first_tile: int, num_key_tiles: int) -> Tensor:
     """Return the order of key tiles with the fewest steps, of three.
 
     Neighbours 2j and 2j + 1 form pairs. The orders are: unchanged, which suits a local window; by the number of queries
     that keep a tile; and, where members keep different columns, first the tiles that all keep alike, unchanged, then
     the others by the member that keeps them most, then by number.
     """
-    group = len(kept)
-    row = torch.cat([tile - first_tile + member * num_tiles for member, (tile, _) in enumerate(kept)])
-    key_tile = torch.cat([key for _, key in kept])
-    counts = torch.bincount(key_tile * group + row // num_tiles, minlength=num_key_tiles * group).view(-1, group)
+    group = kept.members
+    row = kept.query - first_tile + kept.member * num_tiles
+    counts = torch.bincount(kept.key * group + kept.member, minlength=num_key_tiles * group).view(-1, group)
     natural = torch.arange(num_key_tiles, device=row.device)
     orders = [counts.sum(1).sort(descending=True, stable=True).indices, natural]
     if group > 1:
@@ -285,7 +274,7 @@ def _cheapest_order(kept: list[tuple[Tensor, Tensor]], num_tiles: int, first_til
         alike = most == counts.amin(1)
         order = torch.where(alike, 0, most).sort(descending=True, stable=True).indices
         orders.append(order[torch.where(alike, -1, member)[order].sort(stable=True).indices])
-    return min(orders, key=lambda order: _cost(order, row, key_tile, group * num_tiles))
+    return min(orders, key=lambda order: _cost(order, row, kept.key, group * num_tiles))
 
 
 def _cost(order: Tensor, row: Tensor, key_tile: Tensor, num_rows: int) -> int:
@@ -296,34 +285,3 @@ def _cost(order: Tensor, row: Tensor, key_tile: Tensor, num_rows: int) -> int:
     place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     steps = torch.unique(place[key_tile] // 2 * num_rows + row)
     return steps.numel() + -(-len(order) // 2) - torch.unique_consecutive(steps // num_rows).numel()
-
-
-def kept_tiles_of_group(
-    layout: BlockLayout, group: tuple[int, ...], first_tile: int, end_tile: int, s_k: int, causal: bool
-) -> list[tuple[Tensor, Tensor]]:
-    """Return query and key tiles that each pattern keeps.
-
-    Query tiles are in [first_tile, end_tile).
-    """
-    bounds = layout.column_offsets[:: layout.num_key_blocks].tolist()
-    return [_kept_tiles(layout, p, bounds[p], bounds[p + 1], first_tile, end_tile, s_k, causal) for p in group]
-
-
-def _kept_tiles(
-    layout: BlockLayout, pattern: int, begin: int, end: int, first_tile: int, end_tile: int, s_k: int, causal: bool
-) -> tuple[Tensor, Tensor]:
-    """Return query and key tiles of 64 that a pattern keeps.
-
-    The pattern's columns lie in [begin, end).
-    """
-    n_k, device = layout.num_key_blocks, layout.device
-    within = torch.arange(layout.block_size // TILE, device=device)
-    counts = layout.column_offsets[pattern * n_k : (pattern + 1) * n_k + 1].diff().long()
-    column = torch.repeat_interleave(torch.arange(n_k, device=device), counts, output_size=end - begin)
-    tile = layout.column_rows[begin:end].long()[:, None, None] * len(within) + within[:, None]
-    key = column[:, None, None] * len(within) + within
-    tile, key = (x.flatten() for x in torch.broadcast_tensors(tile, key))
-    keep = (tile >= first_tile) & (tile < end_tile) & (key * TILE < s_k)
-    if causal:
-        keep &= tile >= key
-    return tile[keep], key[keep]

@@ -11,7 +11,8 @@ from torch import Tensor
 from ..bounds_cache import of_documents
 from ..layout import BlockLayout
 from ..tiles import document_tiles
-from .backward_schedule import QUERY_BITS, TILE, BackwardSchedule, groups_of_patterns, kept_tiles_of_group, pair_steps
+from .backward_schedule import QUERY_BITS, BackwardSchedule, groups_of_patterns, pair_steps
+from .kept_tiles import TILE, KeptTiles, kept_tiles_of_group
 
 _LAST_TILE = 2**QUERY_BITS - 1
 
@@ -102,9 +103,9 @@ def _build(layout: BlockLayout, num_kv_heads: int) -> DocumentSteps:
     )
 
 
-def _steps_of_group(kept: list[tuple[Tensor, Tensor]], num_tiles: int, first_pair: int) -> tuple[Tensor, Tensor]:
+def _steps_of_group(kept: KeptTiles, num_tiles: int, first_pair: int) -> tuple[Tensor, Tensor]:
     num_pairs = -(-num_tiles // 2)
-    tile_at = torch.arange(num_pairs * 2, device=kept[0][0].device)
+    tile_at = torch.arange(num_pairs * 2, device=kept.key.device)
     # a document with a pair has the query tile of its first keys: a step there gives the pair at least one step
     found = pair_steps(kept, tile_at, tile_at[::2], 0, num_tiles, num_tiles * TILE, True)
     pair, masked, member, tile, step = found

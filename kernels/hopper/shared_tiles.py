@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..fp_fusion import with_fp_fusion
 from ..tiles import store_tile, strides
+from .kept_tiles import KeptTiles
 
 _LEAST_STEPS = 16  # a tile with fewer that its neighbour lacks keeps them in its first pair
 _AT_ONCE = 16  # keys
@@ -29,13 +30,13 @@ _COLUMNS = tl.constexpr(_SUM_COLUMNS)
 class Divided:
     """A group's kept tiles, divided over two sets of pairs.
 
-    - ``first``: query and key tiles of each head that neighbours 2j and 2j + 1 visit.
+    - ``first``: those that neighbours 2j and 2j + 1 visit.
     - ``second``: those that second pairs visit.
     - ``tiles`` [2n]: key tiles of the second pairs.
     """
 
-    first: list[tuple[Tensor, Tensor]]
-    second: list[tuple[Tensor, Tensor]]
+    first: KeptTiles
+    second: KeptTiles
     tiles: Tensor
 
 
@@ -53,19 +54,16 @@ class SharedTiles:
     num_slots: int
 
 
-def divide(kept: list[tuple[Tensor, Tensor]], first_tile: int, num_tiles: int, num_key_tiles: int) -> Divided | None:
+def divide(kept: KeptTiles, first_tile: int, num_tiles: int, num_key_tiles: int) -> Divided | None:
     """Divide a group's kept tiles.
 
     Returns None if no tile has many steps that its neighbour lacks. Slots of the sums take no more memory than the
     accumulator of dq: under context parallel few queries may read very many keys.
     """
-    group = len(kept)
-    row = torch.cat([tile - first_tile + member * num_tiles for member, (tile, _) in enumerate(kept)])
-    key = torch.cat([key_tile for _, key_tile in kept])
-    code = key // 2 * (group * num_tiles) + row
+    group, member, key = kept.members, kept.member, kept.key
+    code = key // 2 * (group * num_tiles) + kept.query - first_tile + member * num_tiles
     _, inverse, count = torch.unique(code, return_inverse=True, return_counts=True)
     alone = count[inverse] == 1
-    member = row // num_tiles
     own = torch.bincount(key[alone] * group + member[alone], minlength=num_key_tiles * group).view(-1, group)
     tiles = (own.sum(1) > _LEAST_STEPS).nonzero().flatten()
     most_tiles = _most_tiles(group * num_tiles, num_key_tiles)
@@ -80,12 +78,7 @@ def divide(kept: list[tuple[Tensor, Tensor]], first_tile: int, num_tiles: int, n
     if len(tiles) % 2:  # the last one's partner keeps nothing there
         others = torch.arange(num_key_tiles + 1, device=tiles.device)
         tiles = torch.cat([tiles, others[~torch.isin(others, tiles)][:1]])
-
-    def of_heads(chosen: Tensor) -> list[tuple[Tensor, Tensor]]:
-        chosen_of = [chosen & (member == m) for m in range(group)]
-        return [(row[c] % num_tiles + first_tile, key[c]) for c in chosen_of]
-
-    return Divided(of_heads(~moved), of_heads(moved), tiles)
+    return Divided(kept.at(~moved), kept.at(moved), tiles)
 
 
 def _most_tiles(num_rows: int, num_key_tiles: int) -> int:

@@ -15,6 +15,7 @@ from s2train.kernels.hopper.backward_schedule import (
     ScheduleOptions,
     backward_schedule,
 )
+from s2train.kernels.hopper.kept_tiles import KeptTiles
 from s2train.kernels.hopper.pair_parts import PairParts
 from s2train.kernels.hopper.shared_tiles import SharedTiles
 from s2train.kernels.token_mask import token_mask
@@ -140,7 +141,7 @@ def test_pairs_that_are_cut_have_no_second_partners(
 def test_pairs_of_too_few_queries_to_be_cut_are_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
     built, kept_tiles = [], module.kept_tiles_of_group
 
-    def counted(layout: BlockLayout, group: tuple[int, ...], *limits: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def counted(layout: BlockLayout, group: tuple[int, ...], *limits: Any) -> KeptTiles:
         built.append(group)
         return kept_tiles(layout, group, *limits)
 
