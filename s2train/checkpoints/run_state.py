@@ -56,7 +56,7 @@ class TrainingState:
 
 
 class Saver:
-    """Saves a run's checkpoints; every method is collective.
+    """Saves a run's checkpoints; every method but `is_writing` is collective.
 
     A checkpoint is written under a unique temporary name and renamed when all ranks have written their shards. With
     `checkpoint.async_save`, forked processes write while training continues; a new save waits for the pending one.
@@ -111,8 +111,16 @@ class Saver:
                 self._queue.schedule_async_request(request)
         return final
 
+    def is_writing(self) -> bool:
+        """Return whether this rank's writer of a background save is at work."""
+        calls = self._queue.async_calls
+        return bool(calls) and not calls[0].async_caller.is_current_async_call_done(no_dist=True)
+
     def poll(self) -> None:
-        """Finish a save whose writers are done; raises what `save` raises."""
+        """Finish a save whose writers are done; raises what `save` raises.
+
+        While one is pending, the host waits for the GPU: call it when no rank is writing.
+        """
         with self._describe_errors():
             self._queue.maybe_finalize_async_calls(blocking=False)
 

@@ -85,6 +85,7 @@ class StepOutcome:
         grad_norm: before clipping.
         lr: learning rate of the step.
         signal: that any rank received; 0 means none.
+        is_writing: whether any rank still writes a save in the background.
         auxiliary: `AuxiliaryLosses.means`.
     """
 
@@ -92,6 +93,7 @@ class StepOutcome:
     grad_norm: float
     lr: float
     signal: int
+    is_writing: bool
     auxiliary: dict[str, float]
 
 
@@ -188,7 +190,7 @@ class Trainer:
                 if cfg.checkpoint.save and saves_now:
                     saved = self._save(replace(progress, step=step, consumed_samples=consumed), interval)
                     is_save_due = False
-                else:
+                elif not done.is_writing:
                     self.saver.poll()
             if is_stopping and not is_last:
                 self.saver.close()
@@ -274,7 +276,7 @@ class Trainer:
                 for each in batches:
                     each.fetch()
         # One read of all: each waits, and the GPU is idle from here until the optimizer's kernels are launched.
-        is_bad, signal, total, tokens, square, *auxiliary = values.tolist()
+        is_bad, signal, is_writing, total, tokens, square, *auxiliary = values.tolist()
         share = tokens / (size * self.cfg.train.seq_length)
         loss, grad_norm = (total / tokens, square**0.5 / share) if tokens else (math.nan, square**0.5)
         if is_bad or not tokens:
@@ -290,19 +292,21 @@ class Trainer:
                 take_step(state.optimizer, grad_norm, share)
             state.scheduler.step(1)
             self.loss_history = self.loss_history.after_step(loss)
-        return StepOutcome(loss, grad_norm, lr, int(signal), self.auxiliary.means(auxiliary))
+        return StepOutcome(loss, grad_norm, lr, int(signal), bool(is_writing), self.auxiliary.means(auxiliary))
 
     def _agreement(self, results: torch.Tensor) -> torch.Tensor:
-        """Return whether any rank's result isn't finite, and any rank's signal.
+        """Return what ranks agree on after a step.
 
+        It is whether any rank's result isn't finite, any rank's signal, and whether any rank still writes a save.
         Collective; doesn't wait for the GPU. A signal that arrives while the host waits for the results is agreed on
         in the next step.
 
         Returns:
-            Float64 [2].
+            Float64 [3].
         """
         is_bad = ~results.isfinite().all(dim=0, keepdim=True)
-        return take_maximum(torch.cat([is_bad.double(), results.new_full((1,), self.signals.received)]))
+        own = (results.new_full((1,), value) for value in (self.signals.received, self.saver.is_writing()))
+        return take_maximum(torch.cat([is_bad.double(), *own]))
 
     def _skip(self, step: int, loss: float, reason: str, consumed: int, size: int) -> None:
         self.loss_history = self.loss_history.after_skip()

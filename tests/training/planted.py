@@ -160,6 +160,24 @@ def full_disk(step: int) -> None:
     os.fsync = planted
 
 
+def slow_writer(step: int) -> None:
+    """Write the checkpoint after `step` slowly; print when ranks agree that a background save is done."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCaller
+
+    fsync, agree = os.fsync, AsyncCaller.sync_all_async_calls
+
+    def slow(descriptor: int) -> None:
+        if f"iter_{step:07d}" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            time.sleep(0.5)
+        fsync(descriptor)
+
+    def noted(self: AsyncCaller, is_alive: int) -> bool:
+        print("ranks agree on their writers", flush=True)
+        return agree(self, is_alive)
+
+    os.fsync, AsyncCaller.sync_all_async_calls = slow, noted
+
+
 def power_loss(step: int) -> None:
     """Empty what the checkpoint after `step` left unsynced when it was renamed, as a power loss may.
 

@@ -164,6 +164,13 @@ def test_a_step_waits_for_its_results_once(tmp_path: Path) -> None:
     assert "step 3 read by _step\n" in done.out
 
 
+def test_steps_wait_for_no_rank_that_writes_in_the_background(tmp_path: Path) -> None:
+    settings = [STEPS, "checkpoint.interval=3", "checkpoint.async_save=true"]
+    done = planted("slow_writer:1:3", tmp_path, *settings).succeeded()
+    assert done.out.count("ranks agree on their writers\n") == 2  # once a save
+    assert [read_progress(path).step for path in checkpoints_in(tmp_path / "checkpoints")] == [3, 6]
+
+
 @pytest.mark.parametrize("in_background", [False, True], ids=["saved at once", "saved in the background"])
 def test_a_full_disk_is_reported_in_one_line_and_older_checkpoints_stay(in_background: bool, tmp_path: Path) -> None:
     settings = [STEPS, EVERY_STEP, f"checkpoint.async_save={str(in_background).lower()}"]
