@@ -26,7 +26,7 @@ def needle_section(name: str, own: Sequence[Group]) -> str:
             f"## {phase.title}\n",
             f"The weights of phase {phase.after}, trained for {phase.tokens / 1e6:,.0f}M tokens on documents full of",
             f"needles; {said}.",
-            "Exact answers to held-out needles at eleven depths [95 % interval].",
+            "Exact answers to held-out needles, over all depths asked for [95 % interval].",
             "The held-out loss is that on the corpus, of which these documents have nothing.\n",
             table(heads, rows),
         ]
