@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from s2train.command_line.file_errors import explain_file
 from s2train.command_line.group_values import check_group_values, no_model, values_of
 from s2train.command_line.layout_files import PREFIX, store_layout_files
-from s2train.command_line.names import nearest, one_of_section, type_of, unknown_name
+from s2train.command_line.names import nearest, one_of_section, type_of, unknown_name, what_it_takes
 from s2train.command_line.old_names import OLD_NAMES, with_current_names
 from s2train.command_line.overrides import quote_where_needed, syntax_problem
 from s2train.command_line.sweep_values import check_sweep_values
@@ -272,8 +272,7 @@ def _shorten_message(
             return str(ConfigError(f"++{key}", value, "names a file, which takes one plus or none", remedy))
         if text in message[0] and cause:
             kind = type_of(key, schema)
-            name = kind.__name__ if isinstance(kind, type) else kind
-            remedy = f"It takes {'true or false' if kind is bool else name}."
+            remedy = what_it_takes(value, kind)
             if str(kind).startswith("list[") and not value.startswith("["):
                 remedy = f"Write a list: '{key}=[{value}]'."
             if dataclasses.is_dataclass(kind):

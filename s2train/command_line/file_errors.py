@@ -8,11 +8,12 @@ from pathlib import Path
 
 import yaml  # type: ignore[import-untyped]
 
-from s2train.command_line.names import type_of, unknown_name
+from s2train.command_line.names import type_of, unknown_name, what_it_takes
 from s2train.errors import ConfigError
 
 _IN_FILE = re.compile(r"In '(?P<group>[^']+)/(?P<name>[^'/]+)': (?P<problem>.*)")
 _MISSING_FILE = re.compile(r"Could not find '(?P<group>[^']+)/(?P<name>[^'/]+)'")
+_VALUE = re.compile(r"Value '(.*?)'")
 _FULL_KEY = re.compile(r"^\s+full_key: (?P<key>\S+)$", re.M)
 _NOT_A_SECTION = re.compile(r"Merge error: \w+ is not a subclass of (?P<section>\w+)\. value: (?P<value>.*)")
 _WHOLE = "# @package _global_"
@@ -42,8 +43,9 @@ def explain_file(message: str, groups: Mapping[str, Sequence[str]], schema: type
         error = unknown_name(key["key"], "", schema, ())
         return f"{file}: {key['key']}: {error.problem}. {error.remedy}"
     if key is not None:
-        kind = type_of(key["key"], schema)
-        return f"{file}: {key['key']}: {cause}. It takes {kind.__name__ if isinstance(kind, type) else kind}."
+        value = _VALUE.search(cause)
+        takes = what_it_takes(value[1] if value else "", type_of(key["key"], schema))
+        return f"{file}: {key['key']}: {cause}. {takes}"
     if section := _NOT_A_SECTION.match(cause):
         names = next(_sections(schema, "", section["section"]), "")
         return f"{file}: {names}: {section['value']} is no section of settings. Write one setting a line below {names}."

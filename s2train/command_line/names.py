@@ -2,11 +2,14 @@
 
 import dataclasses
 import difflib
+import re
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from s2train.errors import ConfigError
+
+_WITH_UNIT = re.compile(r"(\d+(?:\.\d+)?)([kmgbt])", re.I)
 
 
 def unknown_name(key: str, value: object, schema: type, groups: Iterable[str]) -> ConfigError:
@@ -46,3 +49,14 @@ def type_of(key: str, schema: Any) -> Any:
             return schema if typing.get_origin(schema) is dict or schema is Any else None  # may hold any name
         schema = typing.get_type_hints(schema).get(part)
     return schema
+
+
+def what_it_takes(value: str, kind: Any) -> str:
+    """Say what a setting of type `kind` takes in place of `value`."""
+    name = "true or false" if kind is bool else kind.__name__ if isinstance(kind, type) else kind
+    number = _WITH_UNIT.fullmatch(value)
+    if number is None or not {"int", "float"} & set(re.findall(r"\w+", str(name))):
+        return f"It takes {name}."
+    power = "kmgt".index(number[2].lower().replace("b", "g")) + 1
+    written = [f"{float(number[1]) * unit**power:.0f}" for unit in (1000, 1024)]
+    return f"It takes {name}, without a unit: {written[0]} or {written[1]}."

@@ -70,6 +70,9 @@ def test_a_name_of_a_sweep_is_checked_too() -> None:
     [
         ("train.steps=many", "train.steps=many: Value 'many' of type 'str' could not be converted to Integer"),
         ("layout.pattern.stride=1.5", "could not be converted to Integer. It takes int | None."),
+        ("train.seq_length=32k", "It takes int, without a unit: 32000 or 32768."),
+        ("train.tokens=1.5B", "It takes float | None, without a unit: 1500000000 or 1610612736."),
+        ("model.name=[32k]", "It takes str."),
         ("layout.pattern=5", "Set one of layout.pattern.kind, layout.pattern.local"),
         ("layout.patterns.W.kind=dense", "Write +layout.patterns.W.kind=dense to add it, or correct its name."),
         ("profile.steps=10", "Write a list: 'profile.steps=[10]'."),

@@ -27,7 +27,11 @@ def composed_with(folder: Path, text: str) -> None:
     [
         (f"{HEADER}train: {{token: 1e6}}", "train.token: no such setting", "Did you mean train.tokens?"),
         (f"{HEADER}trian: {{steps: 5}}", "trian: no such setting", "Did you mean train?"),
-        (f"{HEADER}train: {{tokens: 1M}}", "train.tokens: Value '1M'", "It takes float | None."),
+        (
+            f"{HEADER}train: {{tokens: 1M}}",
+            "train.tokens: Value '1M'",
+            "It takes float | None, without a unit: 1000000 or 1048576.",
+        ),
         (f"{HEADER}train: 5", "train: 5 is no section", "Write one setting a line below train."),
         ("train: {steps: 5}", "its settings belong to the section experiment", "the line `# @package _global_`"),
         (HEADER.replace("tiny_hybrid", "tiny_hybird"), "model=tiny_hybird: unknown name", "There are 125m_dense, "),
