@@ -67,7 +67,8 @@ def block_sparse_attention(
         query_offset: position, in tokens, of q's first row; key row j has position j. It may exceed s_k.
         cu_seqlens: int32 [documents + 1], ascending from 0 to s_q, on q's device: documents packed along the sequence.
             Positions, causality and layout restart in each document. Requires b = 1, s_q = s_k, query_offset = 0 and
-            a BlockLayout.
+            a BlockLayout. Tiles are kept for calls with the same tensor: for other documents pass another one, or
+            change it by torch's operators, which count changes (not through NumPy, `.data`, a collective or a graph).
         return_lse: also return the natural log-sum-exp of the scaled scores, to merge results over ranges of keys.
         backend: see `resolve_backend`; `kernels_in_use` returns the kernels that a call runs.
         split_columns: let several programs compute dk and dv of a key block that many queries keep. Results are as

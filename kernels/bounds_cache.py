@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
@@ -10,6 +12,20 @@ from torch import Tensor
 
 T = TypeVar("T")
 _KEPT = 16  # all layers share a sequence's bounds; a micro batch may have many sequences
+_anew = ContextVar("_anew", default=False)
+
+
+@contextmanager
+def built_anew() -> Iterator[None]:
+    """Have `of_documents` keep nothing, and look for nothing.
+
+    A compiled graph writes other values to a tensor that it no longer needs, and torch doesn't count that as a change.
+    """
+    token = _anew.set(True)
+    try:
+        yield
+    finally:
+        _anew.reset(token)
 
 
 def of_documents(cache: dict[Any, Any], key: Hashable, cu_seqlens: Tensor, build: Callable[[], T]) -> T:
@@ -22,7 +38,7 @@ def of_documents(cache: dict[Any, Any], key: Hashable, cu_seqlens: Tensor, build
     """
     # a CUDA graph must build again in every replay, from the current contents of `cu_seqlens`
     capturing = cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()
-    if capturing or cu_seqlens.is_inference():
+    if capturing or _anew.get() or cu_seqlens.is_inference():
         return build()
     kept: list[tuple[Tensor, int, T]] = cache.setdefault(key, [])
     for bounds, version, found in kept:

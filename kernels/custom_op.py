@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.library import CustomOpDef
 
 from .arguments import check_values
+from .bounds_cache import built_anew
 from .handles import registered
 from .layout import BlockLayout
 from .spec import AttentionSpec, Format, from_bhsd, shape_bhsd, to_bhsd
@@ -20,6 +21,7 @@ from .torch_backend import lse_dtype, torch_attention, torch_gradients
 
 
 @torch.library.custom_op("s2train::block_sparse_attention", mutates_args=())
+@built_anew()
 def attend(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, indices: Tensor | None, handle: int, block_size: int,
     num_key_blocks: int, softmax_scale: float, causal: bool, query_offset: int, format: str, backend: str,
@@ -62,6 +64,7 @@ def _(
 
 
 @torch.library.custom_op("s2train::block_sparse_attention_backward", mutates_args=())
+@built_anew()
 def attend_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor | None, dlse: Tensor | None,
     cu_seqlens: Tensor | None, indices: Tensor | None, handle: int, block_size: int, num_key_blocks: int,

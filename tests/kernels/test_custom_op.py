@@ -190,6 +190,21 @@ def test_eager_calls_do_without_the_operators(monkeypatch: pytest.MonkeyPatch, d
         training_step(backend, True)(*inputs, layout)[0].sum().backward()
 
 
+def test_operators_read_documents_again_that_a_graph_wrote_to_a_known_tensor(device: torch.device) -> None:
+    inputs, layout, _, _ = CASES["packed"].make(device)
+    bounds = torch.tensor([0, 17, 17, 50], dtype=torch.int32, device=device)
+    settings = (*layout_arguments(layout), 50**-0.5, True, 0, "sbhd", "triton", True, False)
+    for ends in ((17, 17), (30, 41)):
+        bounds.data[1:3] = torch.tensor(ends)  # as a compiled graph reuses its buffers: torch counts no change
+        found, _ = attend(*inputs, bounds, *settings)
+        options = {"softmax_scale": 50**-0.5, "backend": "triton", "split_columns": False}
+        wanted = block_sparse_attention(*inputs, layout, cu_seqlens=bounds.clone(), **options)  # type: ignore[call-overload]
+        weight = torch.randn_like(wanted)
+        gradients = [torch.autograd.grad(out, inputs, weight) for out in (found, wanted)]
+        for a, b in zip((found, *gradients[0]), (wanted, *gradients[1]), strict=True):
+            assert torch.equal(a, b)
+
+
 def test_documents_that_do_not_fit_are_rejected_when_the_compiled_call_runs() -> None:
     inputs, layout, _, _ = CASES["packed"].make(torch.device("cpu"))
 
