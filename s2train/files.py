@@ -81,7 +81,7 @@ def new_file(text: str) -> Path:
         ArgumentTypeError: it exists, or its folder can't be written.
     """
     path = Path(text)
-    if path.exists():
+    if os.path.exists(path):  # False if it can't be looked up, where Path.exists raises
         raise ArgumentTypeError(f"{path} exists: results are not overwritten, name another file")
     try:
         check_writable("--output", path.parent)
@@ -108,7 +108,7 @@ def check_writable(setting: str, folder: str | Path, given: str | Path | None = 
     if str(folder) == "":
         raise ConfigError(setting, value, "names no folder", "Name another folder")
     path = Path(folder).absolute()
-    there = next(parent for parent in (path, *path.parents) if os.path.exists(parent))  # False if it can't be looked up
+    there = next(parent for parent in (path, *path.parents) if os.path.exists(parent))
     if not there.is_dir():
         raise ConfigError(setting, value, f"{there} is no folder", "Name another folder")
     try:
@@ -130,9 +130,9 @@ def check_output(output: str | Path, overwrite: bool | None, such: str) -> Path:
         ConfigError: on `output`: it names no file or one that exists, or its folder can't be written.
     """
     path = Path(output)
-    if output == "" or path.is_dir():
+    if output == "" or os.path.isdir(path):
         raise ConfigError("output", output, "names no file", f"Name one, such as {such}")
-    if path.exists() and not overwrite:
+    if os.path.exists(path) and not overwrite:
         remedy = "Name another file" if overwrite is None else "Add overwrite=true, or set another file"
         raise ConfigError("output", path, "exists", remedy)
     check_writable("output", path.parent, path)

@@ -33,10 +33,10 @@ def check_new(parser: argparse.ArgumentParser, path: Path | None, option: str) -
     """Reject an option's file that exists or can't be written."""
     if path is None:
         return
-    if path.exists():
+    if os.path.exists(path):
         parser.error(f"{path} exists: results are not overwritten, name another {option}")
     try:
-        with TemporaryFile(dir=next(folder for folder in path.absolute().parents if folder.exists())):
+        with TemporaryFile(dir=next(folder for folder in path.absolute().parents if os.path.exists(folder))):
             pass
     except OSError as error:
         parser.error(f"{path} can't be written ({error.strerror}): name another {option}")

@@ -70,7 +70,7 @@ def prepare(cfg: PrepareConfig) -> Metadata:
     # in the order of renaming
     names = [*([_TOKENIZER] if cfg.tokenizer.startswith("bpe:") else []), ".bin", ".json", ".idx"]
     final = {name: output.with_name(output.name + name) for name in names}
-    existing = [str(path) for path in final.values() if path.exists()]
+    existing = [str(path) for path in final.values() if os.path.exists(path)]
     if existing and not cfg.overwrite and not (folder / "publishing").exists():
         raise ConfigError(
             "output", cfg.output, f"already exists: {', '.join(existing)}", "Add overwrite=true, or set another"

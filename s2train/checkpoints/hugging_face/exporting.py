@@ -1,6 +1,7 @@
 """Export a checkpoint as a folder for Hugging Face's libraries."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def export(cfg: ExportConfig) -> Path:
     remedy = "Export a model without such layers"
     require_feature(hybrid_layout(trained), Feature.EXPORT, "checkpoint", path, remedy)
     require_safetensors("output", cfg.output)
-    if output.exists():
+    if os.path.exists(output):
         raise ConfigError("output", output, "it exists", "Name a folder that doesn't")
     check_writable("output", cfg.output)
     tokenizer = load_tokenizer(cfg.tokenizer or trained.data.tokenizer, "tokenizer", trained.data.end_token)

@@ -1,5 +1,6 @@
 """Import the weights of a Llama or an export as a checkpoint."""
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -81,7 +82,7 @@ def import_llama(cfg: ImportConfig) -> tuple[Path, ModelFiles]:
             raise ConfigError("vocab_size", cfg.vocab_size, problem, f"Set {model.vocab_size} or more")
         model.vocab_size = cfg.vocab_size
     final = Path(cfg.output) / "checkpoints" / folder_name(0)
-    if Path(cfg.output).exists():
+    if os.path.exists(cfg.output):
         raise ConfigError("output", cfg.output, "it exists", "Name a folder that doesn't")
     check_writable("output", cfg.output)
 
