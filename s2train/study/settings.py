@@ -84,7 +84,6 @@ def train_settings(folders: Folders, run: Run, recipe: Recipe, gpus: int = 1) ->
         f"optim.warmup_steps={max(1, (before or last) // 20)}",
         f"evaluation.interval={interval}",
         f"evaluation.batches={max(1, HELD_OUT_TOKENS // (sequences * phase.length))}",
-        "evaluation.seed=null",  # as the recorded runs were evaluated; runs of one seed are compared
         f"checkpoint.interval={2 * interval}",
         "checkpoint.keep=1",
         "tracking.log_interval=10",
@@ -114,12 +113,13 @@ def micro_batch(length: int, sequences: int, gpus: int) -> int:
 
 
 def data_settings(folders: Folders, phase: Phase) -> list[str]:
-    """Return the settings that name the study's data."""
+    """Return the settings of the study's data and held-out samples."""
     return [
         f"data.path={needle_blend(folders, phase) if phase.needles else folders.train_data}",
         f"data.valid_path={folders.held_out_data}",
         f"data.tokenizer={folders.tokenizer}",
         f"data.cache={folders.data / 'cache'}",
+        "evaluation.seed=null",  # as the recorded runs were evaluated; runs of one seed are compared
     ]
 
 

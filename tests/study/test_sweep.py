@@ -40,6 +40,7 @@ def test_a_trial_has_its_own_schedule_to_the_end(folders: Folders) -> None:
         cfg = compose_run(trial.settings(folders))
         assert cfg.train.steps * trial.recipe.batch_tokens == pytest.approx(sweep.TOKENS, rel=0.02)
         assert (cfg.optim.lr, cfg.optim.decay_steps, cfg.layout.layers) == (trial.recipe.lr, None, "D")
+        assert cfg.evaluation.seed is None  # as in trials that earlier versions recorded
         assert cfg.train.global_batch_size * cfg.train.seq_length == trial.recipe.batch_tokens
 
 
