@@ -145,7 +145,7 @@ def check_sequence(setting: str, tokens: int, block_size: int) -> None:
     Raises:
         ConfigError: on `setting`, if it is.
     """
-    if tokens > (most := _MOST_BLOCKS * block_size):
+    if block_size > 0 and tokens > (most := _MOST_BLOCKS * block_size):  # `check_values` rejects another block size
         problem = f"is more than {_MOST_BLOCKS:,} blocks of layout.block_size={block_size}"
         raise ConfigError(setting, tokens, problem, f"Set {most} or less, or a larger layout.block_size.")
 

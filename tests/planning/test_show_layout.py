@@ -8,6 +8,7 @@ import pytest
 
 from s2train.config import LayoutConfig, ModelConfig, PatternConfig, ScheduleConfig, ShowLayoutConfig, TrainConfig
 from s2train.costs.attention import attention_flops
+from s2train.errors import ConfigError
 from s2train.planning.run_layout import hybrid_layout
 from s2train.planning.show import show
 from tests.program import Outcome, error_line, run
@@ -79,6 +80,13 @@ def test_figures_are_whole_in_a_table_of_many_lengths(tmp_path: Path) -> None:
     table = done.out.split("predicted speed-ups")[1]
     assert "streamed" in table
     assert "0.000244" in table
+
+
+def test_blocks_without_tokens_are_rejected_by_their_setting(tmp_path: Path) -> None:
+    cfg = settings(tmp_path, seq_length=100)
+    cfg.layout.block_size = 0
+    with pytest.raises(ConfigError, match=r"^layout\.block_size=0: "):
+        show(cfg)
 
 
 @pytest.mark.parametrize("argument", ["layers=[4]", "seq_length=0", "schedule=shfted", "seq_lengthh=3"])
