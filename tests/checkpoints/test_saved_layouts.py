@@ -69,7 +69,10 @@ def test_a_run_of_an_earlier_version_ordered_held_out_samples_by_its_seed(tmp_pa
     (tmp_path / "config.yaml").write_text(EARLIER + "seed: 7\nevaluation: {interval: 100, batches: 8}\n")
     now = config()
     now.seed, now.schedule.kind, now.run_dir = 7, "rotating", "runs/small"
-    assert [str(change) for change in changes_between(read_config(tmp_path), now)] == ["evaluation.seed 7 → 1234"]
+    before = read_config(tmp_path)
+    assert [str(change) for change in changes_between(before, now)] == ["evaluation.seed 7 → 1234"]
+    now.evaluation.seed = None
+    assert changes_between(before, now) == []
 
 
 @pytest.mark.parametrize("settings", ["parallel: null\nplan: {}\n", "[plan]\n"])
