@@ -136,7 +136,7 @@ def check_values(layout: Layout, spec: AttentionSpec, s_q: int) -> None:
     bounds = spec.cu_seqlens
     if bounds is not None:
         check = partial(check_documents, bounds, s_q, layout)
-        of_documents(layout.cache, ("checked documents", s_q), bounds, check)
+        of_documents(layout.cache, "checked documents", bounds, s_q, check)
     if isinstance(layout, TopKLayout):
         layout.check_values()
 

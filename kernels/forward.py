@@ -192,7 +192,7 @@ def packed_tiles(spec: AttentionSpec, layout: Layout, num_rows: int, rows: int) 
     if bounds is None:
         return None
     build = partial(document_tiles, bounds, num_rows, rows)
-    return of_documents(layout.cache, ("document_tiles", num_rows, rows), bounds, build)
+    return of_documents(layout.cache, ("document_tiles", rows), bounds, num_rows, build)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, spec: AttentionSpec) -> tuple[Tensor, Tensor]:

@@ -498,7 +498,7 @@ def hopper_forward(
     documents, bounds = None, spec.cu_seqlens
     if bounds is not None:
         build = partial(document_table, bounds, s_q, TILE, layout.compiled)
-        documents = of_documents(layout.cache, ("document_table", s_q), bounds, build)
+        documents = of_documents(layout.cache, "document_table", bounds, s_q, build)
     num_items, arguments, constants = launch_arguments(q, k, v, out, lse, documents, layout, spec, config)
     grid = (min(num_items, multiprocessors(q.device)), 1, 1)
     compiled = launch(

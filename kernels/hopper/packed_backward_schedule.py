@@ -39,9 +39,9 @@ def packed_backward_schedule(
     layout: BlockLayout, num_kv_heads: int, cu_seqlens: Tensor, num_rows: int
 ) -> BackwardSchedule:
     """Call `pairs_of_documents`, once for all layers with this layout."""
-    key = ("packed_backward_schedule", num_kv_heads, num_rows)
+    key = ("packed_backward_schedule", num_kv_heads)
     build = partial(pairs_of_documents, layout, num_kv_heads, cu_seqlens, num_rows)
-    return of_documents(layout.cache, key, cu_seqlens, build)
+    return of_documents(layout.cache, key, cu_seqlens, num_rows, build)
 
 
 def pairs_of_documents(layout: BlockLayout, num_kv_heads: int, cu_seqlens: Tensor, num_rows: int) -> BackwardSchedule:

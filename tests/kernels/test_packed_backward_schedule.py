@@ -1,10 +1,11 @@
 """The schedule of Hopper's one-pass backward over packed documents, spelled out per token."""
 
 import random
+import weakref
 
 import pytest
 import torch
-from s2train.kernels import BlockLayout
+from s2train.kernels import BlockLayout, block_sparse_attention
 from s2train.kernels.hopper.backward_schedule import ACTIVE_BITS, QUERY_BITS, TILE
 from s2train.kernels.hopper.packed_backward_schedule import packed_backward_schedule
 from s2train.kernels.token_mask import token_mask
@@ -84,3 +85,16 @@ def test_the_bounds_of_both_chunks_of_a_context_parallel_rank_are_kept() -> None
     first = [packed_backward_schedule(layout, 2, bounds, 200) for bounds in chunks]
     again = [packed_backward_schedule(layout, 2, bounds, 200) for bounds in chunks]
     assert all(a is b for a, b in zip(first, again, strict=True))
+
+
+def test_few_documents_are_kept_however_many_lengths_they_have(device: torch.device) -> None:
+    layout = BlockLayout.from_mask(torch.ones(1, 1, 1, dtype=torch.bool, device=device), 64)
+    known = []
+    for length in range(20, 44):  # as a context parallel rank's chunks, from where the first document begins
+        bounds = bounds_of((length,)).to(device)
+        known.append(weakref.ref(bounds))
+        q, k, v = (torch.randn(length, 1, 1, 16, device=device, requires_grad=True) for _ in range(3))
+        block_sparse_attention(q, k, v, layout, cu_seqlens=bounds, backend="portable").sum().backward()
+        packed_backward_schedule(layout, 1, bounds, length)
+    del bounds
+    assert 1 <= sum(one() is not None for one in known) <= 16
