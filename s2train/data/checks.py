@@ -18,6 +18,7 @@ from s2train.validation.division import vocabulary_for
 from s2train.validation.token_budgets import length
 
 _MOST_EPOCHS = 100_000  # in one order of samples
+_MASKED = -1  # Megatron's id of a token that doesn't count in the loss
 
 
 def samples_of_steps(cfg: PretrainConfig, first_step: int = 0, consumed: int = 0) -> int:
@@ -127,8 +128,9 @@ def _check_epochs(cfg: PretrainConfig) -> None:
 
 def _check_ids(cfg: PretrainConfig, prefix: str) -> None:
     for tokens in read_ends(prefix):
-        if tokens.min() < 0 or tokens.max() >= cfg.model.vocab_size:
-            wrong = int(tokens.min() if tokens.min() < 0 else tokens.max())
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < _MASKED or high >= cfg.model.vocab_size:
+            wrong = low if low < _MASKED else high
             remedy = (
                 "Set the vocabulary of the tokenizer that made the data, or prepare them with launch/prepare_data.py"
             )

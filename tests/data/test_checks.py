@@ -159,6 +159,21 @@ def test_a_held_out_part_too_short_for_a_sequence_matters_only_to_evaluation(con
     check_data(config("mock", **settings, evaluate=False), ByteTokenizer())
 
 
+@pytest.mark.parametrize("wrong", [None, -2, 50_000])
+def test_masked_tokens_are_accepted_in_data_of_other_tools(
+    wrong: int | None, config: MakeConfig, tmp_path: Path
+) -> None:
+    builder = IndexedDatasetBuilder(str(tmp_path / "other.bin"), dtype=np.int32)
+    for _ in range(60):
+        builder.add_document(np.array([97, -1, 97 if wrong is None else wrong] * 20, dtype=np.int32), [60])
+    builder.finalize(str(tmp_path / "other.idx"))
+    cfg = config(str(tmp_path / "other"))
+    if wrong is None:
+        check_data(cfg, ByteTokenizer())
+    else:
+        assert_rejected(cfg, "model.vocab_size", f"holds the id {wrong:,}")
+
+
 def test_ids_outside_the_vocabulary_are_rejected_if_no_sidecar_names_the_tokenizer(
     copy: str, config: MakeConfig
 ) -> None:
