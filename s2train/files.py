@@ -67,11 +67,15 @@ def output_stem(output: Path, setting: str = "output") -> Path:
     Raises:
         ConfigError: it names no file, or its folder can't be written.
     """
-    name = output.name.removesuffix(".json").removesuffix(".png")
+    name = _bare_name(output)
     if not name:
         raise ConfigError(setting, output, "names no file", "Name one, such as runs/dense-and-hybrid")
     check_writable(setting, output.parent, output)
     return output.with_name(name)
+
+
+def _bare_name(output: Path) -> str:
+    return output.name.removesuffix(".json").removesuffix(".png")
 
 
 def new_file(text: str) -> Path:
@@ -92,7 +96,7 @@ def new_file(text: str) -> Path:
 
 def describe_output(output: Path) -> str:
     """Name the two files that OUTPUT stands for."""
-    stem = output_stem(output)
+    stem = output.with_name(_bare_name(output))
     return f"results in {stem}.json, picture in {stem}.png"
 
 
