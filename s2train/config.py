@@ -357,6 +357,11 @@ class PretrainConfig:
     loss: str = "auto"
     plan: PlanConfig = field(default_factory=PlanConfig)
 
+    @property
+    def held_out_seed(self) -> int:
+        """Seed of the order of held-out samples: `evaluation.seed`, otherwise the run's."""
+        return self.seed if self.evaluation.seed is None else self.evaluation.seed
+
 
 @dataclass
 class ShowLayoutConfig(PretrainConfig):

@@ -157,5 +157,5 @@ def with_values(cfg: PretrainConfig) -> PretrainConfig:
             min_lr_ratio=None,
             trunk_warmup_steps=optim.second_warmup_steps if cfg.train.freeze_trunk_steps else None,
         ),
-        evaluation=replace(cfg.evaluation, seed=cfg.seed if cfg.evaluation.seed is None else cfg.evaluation.seed),
+        evaluation=replace(cfg.evaluation, seed=cfg.held_out_seed),
     )

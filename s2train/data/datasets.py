@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import partial
 from math import ceil
 from pathlib import Path
 
@@ -44,9 +43,8 @@ def build_datasets(
     are repeated for several epochs. With `data.attention_within_documents`, position ids restart at 0 in each document.
 
     The order depends on the data (not on their path), `data.split`, `seed` (that of held-out samples on
-    `evaluation.seed`), `train.seq_length` and the number of samples: Megatron shuffles the epochs that these take
-    together. It does not depend on `last_sample`: further epochs
-    follow, each shuffled separately.
+    `held_out_seed`), `train.seq_length` and the number of samples: Megatron shuffles the epochs that these take
+    together. It does not depend on `last_sample`: further epochs follow, each shuffled separately.
 
     Collective when torch.distributed is initialised (which blends need with megatron-core 0.16): rank 0 builds the
     indices, and the others read them from `data.cache`. Runs that share this folder build one at a time, since Megatron
@@ -60,16 +58,19 @@ def build_datasets(
     Returns:
         (train, held out). Each is None if `data.split` or the number of samples leaves it out.
     """
-    held_out_seed = cfg.seed if cfg.evaluation.seed is None else cfg.evaluation.seed
-    if cfg.data.valid_path is not None or held_out_seed != cfg.seed:
-        train = replace(cfg, data=training_part(cfg.data))
-        held_out = replace(cfg, data=held_out_part(cfg.data), seed=held_out_seed)
-        train, held_out = (replace(part, evaluation=replace(cfg.evaluation, seed=None)) for part in (train, held_out))
-        build = partial(build_datasets, tokenizer=tokenizer)
-        train_set, _ = build(train, num_train_samples=num_train_samples, num_valid_samples=0, last_sample=last_sample)
-        _, held_out_set = build(held_out, num_train_samples=0, num_valid_samples=num_valid_samples)
-        return train_set, held_out_set
-    sizes = (num_train_samples, num_valid_samples)
+    if cfg.data.valid_path is None and cfg.held_out_seed == cfg.seed:
+        return _build_parts(cfg, tokenizer, (num_train_samples, num_valid_samples), last_sample)
+    train = replace(cfg, data=training_part(cfg.data))
+    held_out = replace(cfg, data=held_out_part(cfg.data), seed=cfg.held_out_seed)
+    train_set, _ = _build_parts(train, tokenizer, (num_train_samples, 0), last_sample)
+    _, held_out_set = _build_parts(held_out, tokenizer, (0, num_valid_samples), 0)
+    return train_set, held_out_set
+
+
+def _build_parts(
+    cfg: PretrainConfig, tokenizer: Tokenizer, sizes: tuple[int, int], last_sample: int
+) -> tuple[Samples, Samples]:
+    """Build both parts of `data.path`, in the order of one seed."""
     blend = parse_blend(cfg.data.path)
     cache = Path(cfg.data.cache)
     with _locked(cache, [cache, *(cache / _cache_name(prefix) for prefix in blend.prefixes)]):
