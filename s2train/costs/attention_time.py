@@ -42,8 +42,9 @@ class Rate:
 _DENSE_FIELDS = ("dense_forward", "dense_backward", "narrow_dense_forward", "narrow_dense_backward")
 # From `kernels/results/2026-11-28-h100-dense-check.json`, times the fraction of cuDNN's standalone rates that steps
 # reach: 0.98, and 0.895 with head dim 64. FlashAttention-4 with head dim 64 took 69.5 and 180.5 ms of profiled 1B steps
-# (median; `launch/results/2026-11-30-h200x2-scaling*.json` and `2026-11-29-h200-library-steps-fused.json`).
-_DENSE = {"fa4": (655e12, 610e12, 506e12, 487e12), "s2train": (650e12, 588e12, 385e12, 414e12)}
+# (median; `launch/results/2026-11-30-h200x2-scaling*.json` and `2026-11-29-h200-library-steps-fused.json`), 506 and 487
+# TFLOP/s. In steps of 125M models it is 2 to 8 % faster (`2026-11-29-h200-quality-125m`): these rates lie between.
+_DENSE = {"fa4": (655e12, 610e12, 530e12, 510e12), "s2train": (650e12, 588e12, 385e12, 414e12)}
 # Fraction of the rate that a deterministic backward reaches.
 _DETERMINISTIC = {"fa4": 0.865, "s2train": 0.51, "flash": 0.585}
 
@@ -64,9 +65,9 @@ class AttentionRates:
     backward: Rate = Rate(640e12, 0.807e-9)
     narrow_forward: Rate = Rate(495e12, 0.078e-9)
     narrow_backward: Rate = Rate(560e12, 0.447e-9)
-    # 0.82 and 0.74 times as fast: 33.1 and 90.6 ms of the profiled 1B steps that `_DENSE` names
-    narrow_forward_64: Rate = Rate(406e12, 0.095e-9)
-    narrow_backward_64: Rate = Rate(414e12, 0.604e-9)
+    # 33.1 and 90.6 ms of the profiled 1B steps that `_DENSE` names, less 2 % for steps of 125M models
+    narrow_forward_64: Rate = Rate(414e12, 0.093e-9)
+    narrow_backward_64: Rate = Rate(422e12, 0.592e-9)
     dense_forward: Rate = Rate(620e12)
     dense_backward: Rate = Rate(545e12)
     narrow_dense_forward: Rate = Rate(436e12)
