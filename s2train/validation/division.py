@@ -137,13 +137,16 @@ def _check_pipeline(cfg: PretrainConfig) -> None:
             "virtual stages need parallel.pp above 1",
             "Set parallel.vpp=null, or parallel.pp=2.",
         )
+    if vpp == 1:  # Megatron's interleaved schedule, which vpp asks for, needs several stages
+        problem = "a rank with one stage has no virtual ones"
+        raise ConfigError("parallel.vpp", vpp, problem, "Set parallel.vpp=null, or 2 or more.")
     if not by_cost and layers % (pp * vpp):
-        fitting = [n for n in range(1, layers // pp + 1) if layers % (pp * n) == 0]
+        fitting = ["null", *(str(n) for n in range(2, layers // pp + 1) if layers % (pp * n) == 0)]
         raise ConfigError(
             "parallel.vpp",
             vpp,
             f"model.num_layers={layers} can't be divided into parallel.pp × parallel.vpp = {pp * vpp} parts",
-            f"Set parallel.vpp to one of {_list(fitting)}, or set parallel.pipeline_split=cost.",
+            f"Set parallel.vpp to one of {', '.join(fitting)}, or set parallel.pipeline_split=cost.",
         )
 
 

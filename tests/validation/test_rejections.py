@@ -124,7 +124,8 @@ DIVISION: dict[str, tuple[dict[str, Any], int, str, str]] = {
         "train.recompute_num_layers",
         "1, 2",
     ),
-    "layers by pp and vpp": ({"parallel__pp": 2, "parallel__vpp": 3}, 2, "parallel.vpp", "1, 2, 4"),
+    "layers by pp and vpp": ({"parallel__pp": 2, "parallel__vpp": 3}, 2, "parallel.vpp", "null, 2, 4"),
+    "one virtual stage": ({"parallel__pp": 2, "parallel__vpp": 1}, 2, "parallel.vpp", "null, or 2"),
     "vpp without pp": ({"parallel__vpp": 2}, 1, "parallel.vpp", "parallel.pp=2"),
     "micro batches by pp under vpp": (
         {"parallel__pp": 4, "parallel__vpp": 2, "train__global_batch_size": 12},
