@@ -76,7 +76,8 @@ def find_start(cfg: PretrainConfig) -> Start:
         ConfigError: `checkpoint.resume` names no checkpoint, or an earlier one of the run's own folder; the checkpoint
             is damaged, has another architecture or other masks, or lacks weights; a new phase has none to continue; the
             data or their order differ; the tokenizer or settings of the experiment in the run folder differ, and
-            `checkpoint.allow_changes` does not name them; or no step is left.
+            `checkpoint.allow_changes` does not name them; a run of this folder did not begin as the settings say; or no
+            step is left.
     """
     masks, tokenizer = mask_digests(hybrid_layout(cfg)), fingerprint(cfg.data.tokenizer)
     start = _find_start(cfg, masks, tokenizer)
@@ -98,6 +99,8 @@ def _find_start(cfg: PretrainConfig, masks: dict[str, str], tokenizer: str | Non
     saved, is_in_run_dir = read_progress(checkpoint, "checkpoint.resume"), is_own(checkpoint, cfg.run_dir)
     is_new_phase = cfg.checkpoint.new_data and not is_in_run_dir
     trained = read_config(checkpoint, "checkpoint.resume")
+    if is_in_run_dir:
+        _check_own_start(cfg, trained, saved, checkpoint)
     changes = changes_between(trained, cfg)
     weights_only = loads_weights_alone(cfg, checkpoint)
     allowed = allowed_changes(cfg) if is_new_phase else None
@@ -185,6 +188,18 @@ def _other_tokenizer(cfg: PretrainConfig, trained: PretrainConfig, checkpoint: P
         f" embeddings again, set {ALLOW_CHANGES}=[data.tokenizer]"
     )
     return ConfigError("data.tokenizer", now, problem, remedy)
+
+
+def _check_own_start(cfg: PretrainConfig, before: PretrainConfig, saved: Progress, checkpoint: Path) -> None:
+    """Reject a start from another run, if this run did not begin so.
+
+    A run that did is resumed by the same command.
+    """
+    for name in ("new_data", "weights_only"):
+        if getattr(cfg.checkpoint, name) and not getattr(before.checkpoint, name) and not saved.weights_only:
+            problem = f"would have no effect: the run would resume from its own {checkpoint}"
+            remedy = f"Set another run_dir and checkpoint.resume={cfg.run_dir}, or checkpoint.{name}=false"
+            raise ConfigError(f"checkpoint.{name}", True, problem, remedy)
 
 
 def _check_muon(cfg: PretrainConfig, changes: list[Change], checkpoint: Path) -> None:

@@ -78,6 +78,22 @@ def test_a_plan_without_its_data_compares_all_but_their_order(run_dir: Path) -> 
     assert found.split(maxsplit=1)[1] == "the data's order is not compared with a checkpoint's: gone.idx is missing"
 
 
+@pytest.mark.parametrize("way", ["new_data", "weights_only"])
+def test_a_start_from_another_run_is_not_ignored_in_a_folder_that_has_checkpoints(
+    way: str, run_dir: Path, tmp_path: Path
+) -> None:
+    settings = [f"checkpoint.{way}=true", f"checkpoint.resume={run_dir}", "train.steps=3"]
+    with pytest.raises(ConfigError, match=rf"^checkpoint\.{way}=true: would have no effect.* Set another run_dir"):
+        start(run_dir, *settings)
+    # The same command, started again after the run saved.
+    again = tmp_path / "again"
+    shutil.copytree(run_dir, again)
+    config = again / "checkpoints" / "iter_0000002" / "config.yaml"
+    text = config.read_text().replace(f"{way}: false", f"{way}: true")
+    config.write_text(text.replace("resume: auto", f"resume: {run_dir}"))
+    assert f"resuming from {again}" in start(again, *settings, "optim.decay_steps=2")
+
+
 @pytest.mark.parametrize("way", ["checkpoint.new_data=true", "checkpoint.weights_only=true"])
 def test_weights_meet_another_tokenizer_only_where_it_is_allowed(way: str, run_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text("{}")
