@@ -44,7 +44,7 @@ def layout_json(hybrid: HybridLayout) -> dict[str, Any]:
 
 
 def pattern_json(pattern: Pattern) -> dict[str, Any]:
-    """Return a pattern's kind and fields.
+    """Return a pattern's kind and fields, as reading them from JSON would.
 
     Raises:
         NotImplementedError: modeling_s2.py does not support the pattern.
@@ -54,7 +54,8 @@ def pattern_json(pattern: Pattern) -> dict[str, Any]:
         return {"kind": "mask", "num_blocks": pattern.num_blocks, "bits": bits}
     if type(pattern) not in _KINDS:
         raise NotImplementedError(f"no export of {type(pattern).__name__} yet: add it here and to modeling_s2.py")
-    return {"kind": _KINDS[type(pattern)]} | {field.name: getattr(pattern, field.name) for field in fields(pattern)}  # type: ignore[arg-type]
+    values = {field.name: _lists(getattr(pattern, field.name)) for field in fields(pattern)}  # type: ignore[arg-type]
+    return {"kind": _KINDS[type(pattern)]} | values
 
 
 def pattern_from_json(data: Mapping[str, Any]) -> Pattern:
@@ -71,6 +72,10 @@ def pattern_from_json(data: Mapping[str, Any]) -> Pattern:
         return MaskPattern.of(mask, "config.json", "layout")
     types = {name: kind for kind, name in _KINDS.items() if kind is not ReferenceVertical}
     return types[data["kind"]](**{name: _tuples(value) for name, value in data.items() if name != "kind"})
+
+
+def _lists(value: Any) -> Any:
+    return list(map(_lists, value)) if isinstance(value, tuple) else value
 
 
 def _tuples(value: Any) -> Any:

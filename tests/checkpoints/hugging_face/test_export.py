@@ -254,7 +254,8 @@ def test_a_hybrid_goes_out_and_comes_back_and_trains_on(tmp_path: Path) -> None:
     masks = np.tril(np.random.default_rng().random((4, 8, 8)) < 0.5) | np.eye(8, dtype=bool)
     write_masks(tmp_path / "masks.npz", {1: masks, 2: masks[::-1]}, 16)
     file = f"{{kind:file,file:{tmp_path / 'masks.npz'}}}"
-    rules = f"{{kind:per_head,rules:[{file},{{kind:dense}}],heads:{[[0, 0, 0, 1]] * 4}}}".replace(" ", "")
+    far = "{kind:ranges,ranges:[[2,1],[null,2]]},{kind:global_blocks,globals:[0,2]}"
+    rules = f"{{kind:per_head,rules:[{file},{{kind:dense}},{far}],heads:{[[0, 1, 2, 3]] * 4}}}".replace(" ", "")
     layers = ["layout.layers=DRFS", f"+layout.patterns.R={rules}", f"+layout.patterns.F={file}"]
     own = ["train.precision=fp32", "model.rotary_percent=0.5", "schedule=two_dense_heads", "schedule.dense_heads=1"]
     pretrain(tmp_path / "run", *layers, *own, "train.steps=2", "optim.warmup_steps=1", "model.init_std=0.2").succeeded()

@@ -62,6 +62,7 @@ def test_keeps_what_the_pattern_keeps(name: str) -> None:
 def test_a_pattern_comes_back_from_json(name: str) -> None:
     pattern: Pattern = PATTERNS[name]()
     written = json.loads(json.dumps(pattern_json(pattern)))
+    assert written == pattern_json(pattern)  # an import compares them
     back = pattern_from_json(written)
     assert pattern_json(back) == pattern_json(pattern)
     query, key = torch.arange(BLOCKS)[:, None], torch.arange(BLOCKS)[None]
