@@ -1,5 +1,7 @@
 """Shares values among all ranks of the job."""
 
+from collections.abc import Iterable
+from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -21,6 +23,13 @@ def max_over_ranks(*values: int) -> list[int]:
     """Return each non-negative number's maximum over all ranks; a collective."""
     box = take_maximum(torch.tensor(values, dtype=torch.int64, device=torch.cuda.current_device()))
     return [int(value) for value in box.tolist()]
+
+
+def union_over_ranks(names: Iterable[str]) -> list[str]:
+    """Return all ranks' names, each once, in the same order on every rank; a collective."""
+    of_ranks: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(of_ranks, list(names))
+    return list(dict.fromkeys(chain.from_iterable(of_ranks)))
 
 
 def broadcast_from_rank_0(value: T | None) -> T:

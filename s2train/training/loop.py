@@ -20,7 +20,7 @@ from s2train.checkpoints.run_state import Saver, TrainingState
 from s2train.config import PretrainConfig
 from s2train.costs.memory import GIB
 from s2train.costs.phases import mean_flops
-from s2train.distributed.agreement import take_maximum
+from s2train.distributed.agreement import take_maximum, union_over_ranks
 from s2train.errors import DivergedError, StoppedBySignal
 from s2train.megatron.block_attention import kernels_of
 from s2train.megatron.teacher import Teacher
@@ -180,7 +180,9 @@ class Trainer:
             if is_due or is_last or is_stopping:
                 self.tracker.report(self._metrics(step, stop, consumed, interval, done, held_out))
                 if cfg.tracking.timing:
-                    self.tracker.note(self.timers.get_all_timers_string(normalizer=interval.steps))
+                    # Megatron matches times by place, and ranks of a pipeline have different timers.
+                    names = union_over_ranks(self.timers._timers)
+                    self.tracker.note(self.timers.get_all_timers_string(names, normalizer=interval.steps))
             if is_due:  # a report at an early end is extra: an uninterrupted run has none here
                 interval = Interval()
             is_save_due |= step % cfg.checkpoint.interval == 0

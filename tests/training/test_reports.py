@@ -115,3 +115,15 @@ def test_a_dense_model_logs_no_kernels(tmp_path: Path) -> None:
     done = pretrain(tmp_path, "train.steps=3", UNSAVED, "layout.layers=D").succeeded()
     assert "sparse attention" not in done.out
     assert " | layers local on cpu | " in done.out
+
+
+@pytest.mark.parametrize("stages", ["parallel.vpp=null", "parallel.vpp=2"])
+def test_timers_of_pipeline_ranks_are_reported_by_their_names(stages: str, tmp_path: Path) -> None:
+    settings = ["train.steps=1", "optim.warmup_steps=0", UNSAVED, "tracking.timing=2", "parallel.pp=2", stages]
+    done = pretrain(tmp_path, *settings, processes=2).succeeded()
+    timed = dict(re.findall(r"^ +([a-z-]+) \.*: \((.*)\)$", done.out, re.MULTILINE))
+    # The second rank alone receives before its first forward pass, the first alone before its first backward pass.
+    for name in ("forward-recv", "backward-recv"):
+        least, most = timed[name].split(", ")
+        assert least == most
+    assert timed["forward-compute"]
