@@ -120,11 +120,14 @@ def _check_pipeline(cfg: PretrainConfig) -> None:
     layers, pp, vpp = cfg.model.num_layers, cfg.parallel.pp, cfg.parallel.vpp
     by_cost = cfg.parallel.pipeline_split == "cost"
     if by_cost and pp * (vpp or 1) > layers:
+        most = layers // (vpp or 1)
         raise ConfigError(
             "parallel.pp",
             pp,
             f"each of {pp * (vpp or 1)} stages needs a layer, and model.num_layers={layers}",
-            f"Set parallel.pp to {layers // (vpp or 1)} or less.",
+            f"Set parallel.pp to {most} or less."
+            if vpp is None or most > 1
+            else f"Set parallel.vpp=null, and parallel.pp to {layers} or less.",
         )
     if not by_cost:
         _divides("parallel.pp", pp, "model.num_layers", layers, "or set parallel.pipeline_split=cost")

@@ -95,6 +95,12 @@ DIVISION: dict[str, tuple[dict[str, Any], int, str, str]] = {
         "parallel.pp",
         "8 or less",
     ),
+    "fewer layers than virtual stages of two ranks": (
+        {"parallel__pp": 2, "parallel__vpp": 5, "parallel__pipeline_split": "cost"},
+        2,
+        "parallel.pp",
+        "Set parallel.vpp=null, and parallel.pp to 8 or less.",
+    ),
     "recomputed groups of stages split by cost": (
         {
             "parallel__pp": 3,
