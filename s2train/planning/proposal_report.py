@@ -92,7 +92,7 @@ def _best_of_divisions(candidates: Sequence[Candidate]) -> list[Candidate]:
 def _too_large(found: Search) -> list[str]:
     """Format settings and divisions that are too large.
 
-    The settings would be faster than the first; the divisions fit with no settings.
+    The settings would be faster than the first; the divisions don't fit with any settings.
     """
     best = found.fitting[0]
     lines = []
@@ -108,7 +108,7 @@ def _too_large(found: Search) -> list[str]:
         if candidate.sizes not in fitting:
             least.setdefault(candidate.sizes, candidate)
     if least:
-        lines += ["", "Divisions that fit with no settings:", _COLUMNS]
+        lines += ["", "Divisions that don't fit with any settings:", _COLUMNS]
         lines += [f"{_row(candidate)}  {_shortage(candidate, found)}" for candidate in least.values()]
     return lines
 

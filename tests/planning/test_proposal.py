@@ -81,7 +81,7 @@ def test_a_long_context_on_eight_machines_is_divided() -> None:
     assert len({candidate.sizes for candidate in found.fitting}) > 40
     assert max(candidate.sizes[0] for candidate in found.fitting) == 8  # within a machine
     text = format_proposal(found)
-    assert "Divisions that fit with no settings:" in text
+    assert "Divisions that don't fit with any settings:" in text
     assert "machines of 8 GPUs, each with 400 Gb/s, are assumed" in text
 
 
