@@ -11,6 +11,7 @@ from s2train.costs.stages import Balance
 from s2train.costs.step_time import MARGIN, Prediction
 from s2train.data.epochs import describe_epochs, training_epochs
 from s2train.data.indexed import read_metadata
+from s2train.data.tokenizers import fingerprint
 from s2train.errors import ConfigError
 from s2train.planning.numbers import duration, gib, time_text, with_unit
 from s2train.planning.plan import Plan
@@ -147,20 +148,26 @@ def epochs_of_plan(cfg: PretrainConfig) -> str:
     try:
         epochs = training_epochs(cfg.data, samples, cfg.train.seq_length)
         lines = describe_epochs(cfg.data, epochs)
-        lines += [line for one in epochs if (line := _too_many_ids(cfg, one.prefix))]
+        lines += [line for one in epochs if (line := _tokenizer_warning(cfg, one.prefix))]
     except ConfigError as error:
         return f"{'data':<13} epochs not counted: {error}"
     return "\n".join(line if line.startswith("warning") else f"{'data':<13} {most}{line}" for line in lines)
 
 
-def _too_many_ids(cfg: PretrainConfig, prefix: str) -> str | None:
-    """Warn of data whose tokenizer exceeds the vocabulary."""
+def _tokenizer_warning(cfg: PretrainConfig, prefix: str) -> str | None:
+    """Warn of data whose tokenizer exceeds the vocabulary, or isn't the run's."""
     metadata = read_metadata(prefix)
-    if metadata is None or metadata.vocab_size <= cfg.model.vocab_size:
+    if metadata is None:
         return None
-    problem = f"the tokenizer of {prefix} has {metadata.vocab_size:,} ids, more than model.vocab_size"
-    remedy = f"{vocabulary_for(metadata.vocab_size, cfg.parallel.tp)}, and data.tokenizer={metadata.tokenizer}"
-    return f"warning: {problem}={cfg.model.vocab_size}, so that the run will be rejected. {remedy}"
+    if metadata.vocab_size > cfg.model.vocab_size:
+        problem = f"the tokenizer of {prefix} has {metadata.vocab_size:,} ids, more than model.vocab_size"
+        remedy = f"{vocabulary_for(metadata.vocab_size, cfg.parallel.tp)}, and data.tokenizer={metadata.tokenizer}"
+        return f"warning: {problem}={cfg.model.vocab_size}, so that the run will be rejected. {remedy}"
+    # A tokenizer.json that isn't on this machine may be on the run's.
+    if fingerprint(cfg.data.tokenizer) in (None, metadata.fingerprint):
+        return None
+    problem = f"{prefix} was made with another tokenizer than data.tokenizer={cfg.data.tokenizer}"
+    return f"warning: {problem}, so that the run will be rejected. Set data.tokenizer={metadata.tokenizer}"
 
 
 def _device(plan: Plan) -> str:

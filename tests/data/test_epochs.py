@@ -10,6 +10,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from s2train.config import DataConfig
 from s2train.data.blend import BUNDLED_PREFIX
 from s2train.data.epochs import describe_epochs, training_epochs
+from s2train.data.tokenizers import train_bpe
 from s2train.errors import ConfigError
 from s2train.planning import compose_run, epochs_of_plan
 from s2train.preparation.bundled_corpus import ensure_prepared
@@ -111,3 +112,15 @@ def test_a_plan_warns_of_a_tokenizer_larger_than_the_vocabulary(corpus: str) -> 
     assert "model.vocab_size" not in fitting
     assert "has 257 ids, more than model.vocab_size=128" in small
     assert "Set model.vocab_size=258 or more, a multiple of parallel.tp, and data.tokenizer=bytes" in small
+
+
+def test_a_plan_warns_of_data_that_another_tokenizer_made(corpus: str, tmp_path: Path) -> None:
+    other = tmp_path / "other.json"
+    train_bpe(["some words to learn from"] * 9, 260, other)
+    settings = ["+model=tiny_hybrid", f"data.path={corpus}", "model.vocab_size=512"]
+    same, differs, away = (
+        epochs_of_plan(compose_run([*settings, f"data.tokenizer={name}"])) for name in ("bytes", other, "away.json")
+    )
+    assert "another tokenizer" not in same + away
+    assert f"{corpus} was made with another tokenizer than data.tokenizer={other}" in differs
+    assert differs.endswith("so that the run will be rejected. Set data.tokenizer=bytes")
