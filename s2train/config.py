@@ -96,7 +96,7 @@ class LayoutConfig:
 class ScheduleConfig:
     """How the heads of a sparse layer get their offsets. Kinds: `s2train.layouts.schedules`."""
 
-    kind: str = "shifted"
+    kind: str = "shifted"  # shifted, strided, grouped, rotating, homogeneous, explicit (docs/layouts.md)
     # for kind=explicit: one offset per query head, or a list of such lists, one per sparse layer (fewer lists are
     # repeated; their number must divide the number of sparse layers)
     offsets: Any = None
