@@ -151,8 +151,8 @@ def _reach_table(rows: Sequence[DistanceRow]) -> Table:
 def _length_table(by_length: Sequence[ModelCosts]) -> Table:
     headings = ("tokens", "density", "TFLOP", "least", "streamed", "KV", "dense", "attention", "step")
     title = (
-        "One sequence: attention forward and backward, GiB moved; peak KV cache (GiB, bf16),\n"
-        "and if dense; predicted speed-ups over dense on an H100"
+        "One sequence: attention's TFLOP and GiB moved (least, streamed), forward and backward;\n"
+        "peak KV cache (GiB, bf16), and if dense; predicted speed-ups over dense on an H100"
     )
     table = _table(title, headings)
     for costs in by_length:
