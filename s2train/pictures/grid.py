@@ -59,18 +59,21 @@ def _mark_offsets(axes: Axes, hybrid: HybridLayout, image: np.ndarray) -> None:
     offsets = [[offset_of(head) for head in layer.heads] for layer in hybrid.layers]
     digits = max((len(str(offset)) for row in offsets for offset in row if offset is not None), default=1)
     size = min(8.0, width / digits / 0.72, height * 0.62)
+    bars: dict[str, list[tuple[float, int]]] = {}  # places by colour: deep models have too many for a plot each
     for row, layer in enumerate(hybrid.layers):
         for column, head in enumerate(layer.heads):
             offset = offsets[row][column]
             if offset is None:
                 continue
-            light = image[row, column].mean() > 0.6
+            colour = "#1B2A3A" if image[row, column].mean() > 0.6 else "white"
             if width >= _POINTS_PER_DIGIT * digits and height >= 7:
-                colour = "#1B2A3A" if light else "white"
                 axes.text(column, row, str(offset), ha="center", va="center_baseline", fontsize=size, color=colour)
             elif head.period > 1:
                 x = column - 0.4 + 0.8 * (offset + 0.5) / head.period
-                axes.plot([x, x], [row - 0.36, row + 0.36], color="#1B2A3A" if light else "white", linewidth=0.7)
+                bars.setdefault(colour, []).append((x, row))
+    for colour, places in bars.items():
+        x, y = np.array(places).T
+        axes.vlines(x, y - 0.36, y + 0.36, color=colour, linewidth=0.7, capstyle="projecting")
 
 
 def _legend(axes: Axes, hybrid: HybridLayout, densities: dict[Pattern, float], colours: dict[str, str]) -> None:

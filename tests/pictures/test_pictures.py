@@ -8,7 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from s2train.attention.hybrid import HybridLayout
@@ -18,7 +20,8 @@ from s2train.errors import ConfigError
 from s2train.layouts.patterns import Dense, Dilated, LocalVertical, MaskPattern, Pattern, Ranges, SlidingWindow
 from s2train.pictures import choose_layers, draw_layout
 from s2train.pictures.blocks import reduce_masks
-from s2train.pictures.style import DENSE, UNSEEN
+from s2train.pictures.grid import draw_grid
+from s2train.pictures.style import DENSE, UNSEEN, offset_of
 from tests.layouts.layout_cases import make_hybrid, mask_of, patterns, union_of
 
 
@@ -54,6 +57,20 @@ def test_heads_of_any_patterns_are_drawn_side_by_side(tmp_path: Path) -> None:
     hybrid = make_hybrid("S", num_layers=2, num_heads=6)
     mixed = replace(hybrid, layers=(replace(hybrid.layers[0], bound=heads), hybrid.layers[1]))
     assert picture(mixed, tmp_path).std() > 0.1
+
+
+def test_a_deep_model_has_its_bars_of_offsets_in_few_artists() -> None:
+    hybrid = make_hybrid("S", num_layers=200, num_heads=4)
+    axes = Figure().subplots()
+    draw_grid(axes, hybrid, 1024)
+    found = [one for one in axes.collections if isinstance(one, LineCollection)]
+    assert len(axes.lines) + len(found) <= 2  # a colour each
+    middles = {tuple(segment.mean(0).round(3)) for one in found for segment in one.get_segments()}
+    heads = [(row, column, head) for row, layer in enumerate(hybrid.layers) for column, head in enumerate(layer.heads)]
+    places = {
+        (round(column - 0.4 + 0.8 * (offset_of(head) + 0.5) / head.period, 3), row) for row, column, head in heads
+    }
+    assert middles == places
 
 
 def test_dense_layers_take_their_share_of_the_grid() -> None:
