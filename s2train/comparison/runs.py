@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
@@ -29,12 +29,14 @@ class Summary:
         steps: steps done at the last report.
         loss, held_out_loss: last reported values, nats per token; None if there is none or it was not finite.
         held_out_short, held_out_long: held-out loss over the first eighth and the last half of the positions.
-        tokens_per_s, model_tflops, mfu, step_time_s: medians over the reports after the first tenth of the run.
+        tokens_per_s, model_tflops, mfu, step_time_s: medians over the reports after the first tenth of the run, without
+            the first one of each start: its time contains compilation. Over these too if there are no others.
         peak_memory_gib: peak memory allocated on rank 0's device; 0 on a CPU.
         is_evaluated: whether a held-out loss was reported, finite or not.
         held_out_tokens: tokens of an evaluation; None if the folder has no settings.
         held_out_seed: that orders the held-out samples: `evaluation.seed`, or the run's if that is null; None if the
             folder has no settings.
+        times_a_start: whether times and rates are of first reports of starts.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Summary:
     is_evaluated: bool = False
     held_out_tokens: int | None = None
     held_out_seed: int | None = None
+    times_a_start: bool = False
 
     @property
     def ranking_loss(self) -> tuple[str, float | None]:
@@ -87,7 +90,11 @@ def summarize(run_dir: Path) -> Summary:
     if not reports:
         raise ConfigError("runs", run_dir, "has reported no step yet", "Leave it out, or train it first")
     last = reports[-1]["step"]
-    steady = [report for report in reports if report["step"] > last / 10]
+    late = [report for report in reports if report["step"] > last / 10]
+    first = _first_reports(records)
+    steady = [report for report in late if report["step"] not in first]
+    times_a_start = not steady
+    steady = steady or late
     evaluation = last_evaluation(records)
 
     held_out_tokens, held_out_seed = _settings(run_dir / "config.yaml")
@@ -110,7 +117,20 @@ def summarize(run_dir: Path) -> Summary:
         is_evaluated=evaluation is not None,
         held_out_tokens=held_out_tokens,
         held_out_seed=held_out_seed,
+        times_a_start=times_a_start,
     )
+
+
+def _first_reports(records: Sequence[dict[str, Any]]) -> set[int]:
+    """Return the steps of the first report of each start of a run."""
+    steps, is_first = set(), True
+    for record in records:
+        if record.get("event") == "config":
+            is_first = True
+        elif is_first and "tokens_per_s" in record:
+            steps.add(record["step"])
+            is_first = False
+    return steps
 
 
 def _settings(config: Path) -> tuple[int | None, int | None]:
@@ -124,7 +144,22 @@ def _settings(config: Path) -> tuple[int | None, int | None]:
     return None if None in counts else math.prod(counts), next((seed for seed in seeds if seed is not None), None)
 
 
-def held_out_note(summaries: Iterable[Summary]) -> str | None:
+def notes(summaries: Iterable[Summary]) -> str | None:
+    """Say which of the runs' numbers are not comparable; None: all are."""
+    runs = list(summaries)
+    found = [note for note in (_held_out_note(runs), _start_note(runs)) if note is not None]
+    return "\n".join(found) or None
+
+
+def _start_note(summaries: Sequence[Summary]) -> str | None:
+    count = sum(summary.times_a_start for summary in summaries)
+    if not count:
+        return None
+    whose = "the run" if len(summaries) == 1 else f"{count} of {len(summaries)} runs"
+    return f"times and rates of {whose} include a start (compilation), as no later report was made"
+
+
+def _held_out_note(summaries: Iterable[Summary]) -> str | None:
     """Warn of held-out losses over different tokens.
 
     Equal weights can differ by more than the runs do: by 0.017 nats over 2,048 and 8,192 tokens of a tiny model, and by
@@ -191,5 +226,5 @@ def compare(run_dirs: Sequence[Path], output: Path, command: str) -> "Table":
             "" if s.mfu is None else f"{s.mfu:.1%}",
             f"{s.peak_memory_gib:.1f}" if s.peak_memory_gib else "",
         )
-    table.caption = held_out_note(summaries)
+    table.caption = notes(summaries)
     return table

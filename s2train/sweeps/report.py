@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from s2train.comparison.runs import HEADINGS, Summary, held_out_note
+from s2train.comparison.runs import HEADINGS, Summary, notes
 from s2train.files import replacing
 from s2train.sweeps.jobs import Job, Status, read_record
 from s2train.sweeps.picture import Point, draw
@@ -100,7 +100,7 @@ def _measured(results: list[Result]) -> Table:
             else ("",) * 7
         )
         made.add_row(*_known(job), *measured)
-    made.caption = held_out_note(result.summary for result in results if result.summary is not None)
+    made.caption = notes(result.summary for result in results if result.summary is not None)
     return made
 
 

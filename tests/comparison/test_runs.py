@@ -35,6 +35,28 @@ def test_a_summary_holds_the_last_losses_and_the_median_speed_after_the_first_te
     assert summary.mfu is None
 
 
+START = {"event": "config", "tokens_per_step": 100}
+
+
+def test_speed_is_that_of_reports_without_a_start(tmp_path: Path) -> None:
+    slow = {"tokens_per_s": 10.0, "step_time_s": 9.0}
+    begun = write(tmp_path / "begun", report(5, **slow), report(10))
+    resumed = [report(15), START, {"event": "resume", "step": 15}, report(20, **slow), report(25, tokens_per_s=210.0)]
+    both = [summarize(begun), summarize(write(tmp_path / "resumed", report(10, **slow), *resumed))]
+    assert [(run.tokens_per_s, run.step_time_s, run.times_a_start) for run in both] == [
+        (200, 0.5, False),
+        (205, 0.5, False),
+    ]
+    assert compare([tmp_path / "begun", tmp_path / "resumed"], tmp_path / "out", "").caption is None
+
+
+def test_speed_of_a_start_is_noted(tmp_path: Path) -> None:
+    once = write(tmp_path / "once", report(10, tokens_per_s=10.0))
+    assert summarize(once).tokens_per_s == 10
+    table = compare([once, write(tmp_path / "twice", report(5), report(10))], tmp_path / "out", "")
+    assert "1 of 2 runs include a start" in str(table.caption)
+
+
 def test_a_truncated_line_is_ignored(tmp_path: Path) -> None:
     run = write(tmp_path / "run", report(10), end=json.dumps(report(20))[:30])
     assert summarize(run).steps == 10
@@ -69,7 +91,7 @@ def test_held_out_losses_over_different_tokens_are_noted(
 ) -> None:
     runs = []
     for number, (seed, order, count) in enumerate(zip(seeds, orders, batches, strict=True)):
-        runs.append(write(tmp_path / str(number), report(10, held_out_loss=4.0)))
+        runs.append(write(tmp_path / str(number), report(5), report(10, held_out_loss=4.0)))
         evaluation = {"batches": count, "seed": order}
         own = {"evaluation": evaluation, "train": {"global_batch_size": 4, "seq_length": 8}, "seed": seed}
         (runs[-1] / "config.yaml").write_text(json.dumps(own))
