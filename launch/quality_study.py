@@ -12,7 +12,8 @@ python launch/quality_study.py report                  tables, pictures and verd
 
 Run an action again to resume it where it stopped, as it does when --minutes are over. Runs whose result is in
 ROOT/results are not trained again. Settings, such as tracking.wandb=auto, go to the program that an action starts:
-make_corpus.py (data), pretrain.py (sweep, speed, train), probes.py or needle.py (evaluate).
+make_corpus.py (data), pretrain.py (sweep, speed, train), probes.py or needle.py (evaluate). Those by which runs are
+compared, such as train.steps, are rejected.
 `data` keeps a corpus that is there, and rejects settings that it was not made with.
 """
 
@@ -42,6 +43,7 @@ from s2train.study.report import write_report
 from s2train.study.results import save_result
 from s2train.study.settings import (
     Recipe,
+    check_given,
     corpus_command,
     data_commands,
     probes_command,
@@ -55,7 +57,7 @@ from s2train.sweeps.jobs import changed_setting
 
 ACTIONS = ("data", "sweep", "speed", "plan", "train", "evaluate", "report")
 OF_VARIANTS = ("speed", "train", "evaluate")
-SET_BY_STUDY = ("checkpoint", "output", "task")  # in `evaluate`
+SET_BY_STUDY = ("checkpoint", "output", "task", "text")  # in `evaluate`
 
 
 def make_documents(folders: Folders, run: Run, recipe: Recipe, deadline: Deadline) -> None:
@@ -97,9 +99,13 @@ def run_sweep(folders: Folders, gpus: int, settings: Sequence[str], deadline: De
     """Run the sweep's missing trials, and print the choice.
 
     Skips trials that have a result or that another process runs.
+
+    Raises:
+        ConfigError: data are missing, or a setting is the study's.
     """
     check_data(folders)
     for trial in map(sweep.Trial, sweep.GRID):
+        check_given(trial.settings(folders, gpus), settings)
         with sweep.claimed(folders, trial) as is_due:
             if is_due:
                 deadline.run(train_command(folders, [*trial.settings(folders, gpus), *settings], gpus))
@@ -116,13 +122,18 @@ def measure_speed(
     """Run the first steps of a run to measure its speed.
 
     Skips a run that was measured on this number of GPUs.
+
+    Raises:
+        ConfigError: data are missing, or a setting is the study's.
     """
     if speed.key(run, gpus) in speed.read(folders):
         print(f"{speed.key(run, gpus)}: there is a result in {folders.speed}")
         return
+    own = speed.speed_settings(folders, run, recipe, gpus)
+    check_given(own, settings)
+    own += settings
     check_data(folders)
     make_documents(folders, run, recipe, deadline)
-    own = [*speed.speed_settings(folders, run, recipe, gpus), *settings]
     deadline.run(train_command(folders, own, gpus), folders.root / "programs.jsonl")
     row = speed.record(folders, run, gpus)
     print(f"{row['name']}: {row['tokens_per_s']:,.0f} tokens/s, {row['peak_memory_gib']:.1f} GiB")
@@ -169,11 +180,15 @@ def train(
     Args:
         shared_gpu: whether other programs run on its GPU.
     Raises:
-        ConfigError: data or the earlier run are missing, or the run was trained with other settings.
+        ConfigError: data or the earlier run are missing, a setting is the study's, or the run was trained with other
+            settings.
     """
     if folders.result(run).is_file():
         print(f"{run.name}: there is a result, {folders.result(run)}")
         return
+    own = train_settings(folders, run, recipe, gpus)
+    check_given(own, settings)
+    own += settings
     check_data(folders)
     if run.before is not None and not (start := last_checkpoint(folders, run.before, recipe)).is_dir():
         problem = f"{run.name} starts from {run.before.name}, which is not trained here"
@@ -183,7 +198,6 @@ def train(
             problem = f"{run.name} starts from {start}, and only {others[-1].name} is there"
             remedy += ", or set the --batch-tokens that it was trained with"
         raise ConfigError("phase", run.phase, problem, remedy)
-    own = [*train_settings(folders, run, recipe, gpus), *settings]
     checkpoint = last_checkpoint(folders, run, recipe)
     if not checkpoint.is_dir() or damage(checkpoint):
         make_documents(folders, run, recipe, deadline)

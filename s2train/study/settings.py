@@ -1,9 +1,12 @@
 """Makes the commands of the quality study."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from s2train.config import settings_by_name
+from s2train.errors import ConfigError
+from s2train.planning import compose_run
 from s2train.study.files import Folders
 from s2train.study.needles import Documents, needle_blend, needle_documents
 from s2train.study.variants import PHASES, Phase, Run, attention_settings, has_warm_up
@@ -13,6 +16,26 @@ EVALUATIONS = 10  # of the held-out loss, in a run
 HELD_OUT_TOKENS = 1 << 20  # of each evaluation
 MICRO_BATCH_TOKENS = 1 << 16  # that go through a GPU at once: its kernels then hide the host's work; 41 of 80 GiB
 _NEW_ORDER = 1000  # added to the seed of a run that starts from another's weights: it then reads in another order
+# of launch/pretrain.py, by which runs are named, found and compared
+SET_BY_STUDY = (
+    "run_dir",
+    "seed",
+    "data.path",
+    "data.valid_path",
+    "data.tokenizer",
+    "train.seq_length",
+    "train.global_batch_size",
+    "train.steps",
+    "train.tokens",
+    "train.exit_step",
+    "optim.lr",
+    "evaluation.batches",
+    "evaluation.seed",
+    "checkpoint.save",
+    "checkpoint.resume",
+    "checkpoint.weights_only",
+    "checkpoint.new_data",
+)
 PROBED = (1024, 4096, 16384, 32768, 65536)  # lengths of the probes, up to the trained one
 
 
@@ -101,6 +124,30 @@ def train_settings(folders: Folders, run: Run, recipe: Recipe, gpus: int = 1) ->
             f"optim.decay_steps={before}",
         ]
     return settings
+
+
+def check_given(own: Sequence[str], given: Sequence[str]) -> None:
+    """Check that further settings leave a run what its name and recipe say.
+
+    Args:
+        own: the study's settings of the run.
+        given: further ones.
+    Raises:
+        ConfigError: one changes a setting of `SET_BY_STUDY`, or leaves out the held-out loss.
+        hydra.errors.HydraException: the settings don't compose.
+    """
+    if not given:
+        return
+    before, now = (dict(settings_by_name(asdict(compose_run(words)))) for words in (own, [*own, *given]))
+    for name in SET_BY_STUDY:
+        if now[name] != before[name]:
+            problem = "the study sets it, and runs are compared by it"
+            raise ConfigError(name, now[name], problem, "Leave it out; for another run start launch/pretrain.py")
+    interval = "evaluation.interval"
+    if before[interval] and not now[interval]:
+        raise ConfigError(
+            interval, now[interval], "the held-out loss is a run's result", "Set 1 or more, or leave it out"
+        )
 
 
 def micro_batch(length: int, sequences: int, gpus: int) -> int:

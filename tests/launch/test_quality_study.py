@@ -170,7 +170,7 @@ def test_probing_an_untrained_run_names_the_command_that_trains_it(
     assert f"train hybrid --phase 16k-40m --seed 2 --root {tmp_path}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("setting", ["task=[single]", "output=elsewhere", "checkpoint=another"])
+@pytest.mark.parametrize("setting", ["task=[single]", "output=elsewhere", "checkpoint=another", "text=another"])
 def test_an_evaluation_takes_no_tasks_or_folders_whose_earlier_cells_would_join_the_result(
     study: dict[str, Any], setting: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -178,6 +178,39 @@ def test_an_evaluation_takes_no_tasks_or_folders_whose_earlier_cells_would_join_
     with pytest.raises(SystemExit):
         study["main"](["evaluate", "hybrid", "--phase", "16k-needles", setting, "--root", str(tmp_path)])
     assert f"error: {setting}: the study sets it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("train.exit_step=2", "the study sets it"),
+        ("train.steps=2", "the study sets it"),
+        ("seed=7", "the study sets it"),
+        ("run_dir=elsewhere", "the study sets it"),
+        ("++evaluation.batches=1", "the study sets it"),
+        ("evaluation.interval=0", "the held-out loss is a run's result"),
+    ],
+)
+@pytest.mark.parametrize("action", [["train", "dense", "--phase", "64k"], ["sweep"]])
+def test_a_run_takes_no_settings_that_make_it_another_than_its_name_says(
+    study: dict[str, Any],
+    action: list[str],
+    setting: str,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(study["run_sweep"].__globals__, "check_data", lambda _: None)
+    recipe = [] if action == ["sweep"] else ["--lr", "1e-3", "--batch-tokens", "131072"]
+    with pytest.raises(SystemExit):
+        study["main"]([*action, setting, *recipe, "--root", str(tmp_path)])
+    assert f"error: {setting.lstrip('+')}: {words}" in capsys.readouterr().err
+
+
+def test_a_run_takes_settings_of_logs_and_evaluations() -> None:
+    own = train_settings(Folders(Path("root"), ROOT / "launch"), Run("hybrid", "64k"), Recipe(1e-3, 1 << 17))
+    settings.check_given(own, ["evaluation.interval=5", "tracking.wandb=auto", "train.micro_batch_size=1"])
 
 
 def test_a_run_whose_start_had_another_batch_is_not_called_untrained(
