@@ -75,7 +75,8 @@ def make_corpus(cfg: CorpusConfig) -> Corpus:
     """Write OUTPUT/train.jsonl, OUTPUT/held-out.jsonl and OUTPUT/corpus.json; the same tree gives the same bytes.
 
     A line holds `text`, the files of one subsystem in path order, each after its path, and `name`, the subsystem.
-    A subsystem is a folder `cfg.depth` levels below the tree, or what lies above it.
+    A subsystem is a folder `cfg.depth` levels below the tree, or what lies above it. An interruption leaves an earlier
+    corpus as it was.
 
     Raises:
         ConfigError: no tree, no text in it, settings out of range, an empty held-out part, or an output that exists.
@@ -93,12 +94,12 @@ def make_corpus(cfg: CorpusConfig) -> Corpus:
     held_out = _held_out(subsystems, cfg)
     corpus = Corpus(files=len(files), dropped=dict(sorted(dropped.items())), held_out=sorted(held_out))
     corpus.settings = {name: value for name, value in asdict(cfg).items() if name != "overwrite"}
-    output.mkdir(parents=True, exist_ok=True)
-    for name, wanted in ((TRAIN, subsystems.keys() - held_out), (HELD_OUT, held_out)):
-        documents, chars = _write(output / name, tree, subsystems, wanted)
-        part = "train" if name == TRAIN else "held_out"
-        setattr(corpus, f"{part}_documents", documents)
-        setattr(corpus, f"{part}_chars", chars)
+    # Renamed together: the held-out part of an earlier split may be text of this training part.
+    with replacing(output / HELD_OUT) as held_out_text, replacing(output / TRAIN) as train_text:
+        written = _write(train_text, tree, subsystems, subsystems.keys() - held_out)
+        corpus.train_documents, corpus.train_chars = written
+        corpus.held_out_documents, corpus.held_out_chars = _write(held_out_text, tree, subsystems, held_out)
+        (output / DESCRIPTION).unlink(missing_ok=True)
     write_json(output / DESCRIPTION, asdict(corpus))
     return corpus
 
@@ -231,7 +232,7 @@ def _held_out(subsystems: dict[str, list[_File]], cfg: CorpusConfig) -> set[str]
 def _write(path: Path, tree: Path, subsystems: dict[str, list[_File]], wanted: set[str]) -> tuple[int, int]:
     """Write the documents of `wanted` subsystems; their number and characters."""
     documents = chars = 0
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as out:
+    with path.open("w", encoding="utf-8") as out:
         for name, files in subsystems.items():
             if name not in wanted:
                 continue

@@ -8,6 +8,7 @@ import pytest
 
 from s2train.config import CorpusConfig
 from s2train.errors import ConfigError
+from s2train.preparation import source_tree
 from s2train.preparation.source_tree import Corpus, make_corpus
 
 WORDS = [f"word{number}" for number in range(400)]
@@ -64,6 +65,24 @@ def test_whole_subsystems_are_held_out(tree: Path) -> None:
     assert held_out.keys() == {"net/core", "mm"}
     assert not train.keys() & held_out.keys()
     assert (made.train_documents, made.held_out_documents) == (5, 2)
+
+
+def test_an_interruption_leaves_no_training_part_of_another_split(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tree, held_out=["mm"])
+    out = tree.parent / "out"
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    write, calls = source_tree._write, list[Path]()
+
+    def cut(path: Path, *rest: Any) -> tuple[int, int]:
+        calls.append(path)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return write(path, *rest)
+
+    monkeypatch.setattr(source_tree, "_write", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run(tree, held_out=["fs/a"])
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_a_share_holds_out_the_same_subsystems_each_time(tree: Path) -> None:
