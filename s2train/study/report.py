@@ -107,12 +107,15 @@ def _phase(name: str, own: Sequence[Group]) -> str:
     rows = [_row(group, baseline, seconds, lengths, distances) for group in own]
     heads_by_position, positions = _by_position(own)
     said = recipes((result.recipe for group in own for result in group.results), phase.lr_factor)
+    if phase.is_after_decay:
+        said += f". All steps are at the learning rate's lowest value, to which phase {phase.after} has decayed it"
     is_shared = any(result.shared_gpu for group in own for result in group.results)
     shared = [
         "GPU time, tokens/s and MFU of runs that shared their GPU are those of first steps that had one alone;",
         f"{UNKNOWN} if none were measured.",
     ]
-    timed = ["At equal GPU time, a run that takes longer is read in the middle of its learning-rate schedule."]
+    where = "before its end" if phase.is_after_decay else "in the middle of its learning-rate schedule"
+    timed = [f"At equal GPU time, a run that takes longer is read {where}."]
     paired = ["Differences from dense are those between runs of one seed, which see the same data in the same order."]
     expected = ["Expected densities are of layers where the data choose."]
     return "\n".join(

@@ -95,6 +95,11 @@ class Phase:
         return self.from_dense or self.needles
 
     @property
+    def is_after_decay(self) -> bool:
+        """Whether it continues a run past its schedule's end, at its lowest learning rate."""
+        return self.after is not None and not self.weights_only
+
+    @property
     def title(self) -> str:
         """Title of its section and its panel."""
         return f"{self.length:,} tokens" + (f", {self.about}" if self.about else "")

@@ -57,6 +57,20 @@ def test_probes_of_seeds_are_counted_together(folders: Folders) -> None:
     assert group.recurrences() == {64: (4, 2.5, 6.0)}
 
 
+def test_a_phase_after_the_schedule_s_end_is_said_to_be_at_its_lowest_rate(folders: Folders) -> None:
+    result(folders, Run("window", "64k"), [4.0, 2.0], 1.0)
+    write_report(folders)
+    report = (folders.root / "quality.md").read_text()
+    assert "at the learning rate's lowest value, to which phase 32k has decayed it" in report
+    assert "a run that takes longer is read before its end." in report
+    result(folders, Run("window", "32k"), [4.0, 2.0], 1.0)
+    folders.result(Run("window", "64k")).unlink()
+    write_report(folders)
+    report = (folders.root / "quality.md").read_text()
+    assert "lowest value" not in report
+    assert "in the middle of its learning-rate schedule." in report
+
+
 def test_the_report_has_a_table_with_the_spread_of_seeds_and_pictures(folders: Folders) -> None:
     for seed, loss in ((1, 2.0), (2, 2.5)):
         result(folders, Run("hybrid", seed=seed), [4.0, loss], 1.0)
