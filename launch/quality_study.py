@@ -40,7 +40,7 @@ from s2train.study.files import Folders, check_corpus, check_data, check_held_ou
 from s2train.study.needles import needle_command, save_needles
 from s2train.study.plan import plan_table
 from s2train.study.report import write_report
-from s2train.study.results import save_result
+from s2train.study.results import check_same_gpus, save_result
 from s2train.study.settings import (
     Recipe,
     check_given,
@@ -181,7 +181,7 @@ def train(
         shared_gpu: whether other programs run on its GPU.
     Raises:
         ConfigError: data or the earlier run are missing, a setting is the study's, or the run was trained with other
-            settings.
+            settings or on another number of GPUs.
     """
     if folders.result(run).is_file():
         print(f"{run.name}: there is a result, {folders.result(run)}")
@@ -198,6 +198,8 @@ def train(
             problem = f"{run.name} starts from {start}, and only {others[-1].name} is there"
             remedy += ", or set the --batch-tokens that it was trained with"
         raise ConfigError("phase", run.phase, problem, remedy)
+    if not shared_gpu:
+        check_same_gpus(folders, run, gpus)
     checkpoint = last_checkpoint(folders, run, recipe)
     if not checkpoint.is_dir() or damage(checkpoint):
         make_documents(folders, run, recipe, deadline)

@@ -56,6 +56,24 @@ class Result:
         return self.held_out[-1][2]
 
 
+def check_same_gpus(folders: Folders, run: Run, gpus: int) -> None:
+    """Check that a run whose times are to be reported began on this number of GPUs.
+
+    Raises:
+        ConfigError: its checkpoints are of another number.
+    """
+    folder = folders.run(run)
+    metrics = folder / "metrics.jsonl"
+    if not metrics.is_file() or not any((folder / "checkpoints").glob("iter_*")):
+        return  # it begins from step 1
+    for record in read_records(metrics):
+        # files from before it was recorded lack it
+        if record.get("event") == "config" and (before := record.get("processes", gpus)) != gpus:
+            problem = f"{run.name} was trained on {before}, and its times would be of both numbers"
+            remedy = f"Name {before} in --gpu, or add --shared-gpu, which leaves its times out"
+            raise ConfigError("GPUs", gpus, problem, remedy)
+
+
 def save_result(
     folders: Folders,
     run: Run,

@@ -14,6 +14,7 @@ from s2train.batch_sizes import batch_size
 from s2train.checkpoints.folders import Progress
 from s2train.checkpoints.setting_changes import Change
 from s2train.config import PretrainConfig
+from s2train.distributed.ranks import world_size
 from s2train.environment.imports import imported_modules
 from s2train.environment.versions import git_commit, versions
 from s2train.files import set_aside
@@ -171,7 +172,8 @@ class Tracker:
         self._file = path.open("a", buffering=1)
         if not whole:  # the run was killed while it wrote a line
             self._file.write("\n")
-        self.event("config", tokens_per_step=batch_size(cfg.train, start.consumed_samples) * cfg.train.seq_length)
+        tokens_per_step = batch_size(cfg.train, start.consumed_samples) * cfg.train.seq_length
+        self.event("config", tokens_per_step=tokens_per_step, processes=world_size())
         if start.step:
             self.event("resume", step=start.step)
         if earlier is not None:

@@ -225,7 +225,7 @@ def test_a_run_whose_start_had_another_batch_is_not_called_untrained(
         study["train"](folders, needles, Recipe(1e-3, 1 << 18), 1, [], None)
 
 
-def test_a_trained_run_is_not_recorded_under_another_recipe(
+def test_a_trained_run_is_not_recorded_under_another_recipe_or_number_of_gpus(
     study: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("check_data", "damage"):
@@ -236,11 +236,14 @@ def test_a_trained_run_is_not_recorded_under_another_recipe(
     write_config(compose_run(train_settings(folders, trained, recipe)), folders.run(trained) / "config.yaml")
     report = {"step": 1, "loss": 1.0, "held_out_loss": 2.0, "held_out_loss_by_position": [], "consumed_tokens": 1}
     times = {"step_time_s": 1.0, "tokens_per_s": 1.0, "model_tflops": 1.0, "memory_gib": 1.0}
-    (folders.run(trained) / "metrics.jsonl").write_text(json.dumps(report | times) + "\n")
+    begun = {"event": "config", "processes": 1}
+    (folders.run(trained) / "metrics.jsonl").write_text(f"{json.dumps(begun)}\n{json.dumps(report | times)}\n")
     with pytest.raises(ConfigError, match=r"was trained with optim\.lr=0\.001"):
         study["train"](folders, trained, Recipe(2e-3, 1 << 17), 1, [], None)
     with pytest.raises(ConfigError, match=r"was trained with optim\.weight_decay="):
         study["train"](folders, trained, recipe, 1, ["optim.weight_decay=0.3"], None)
+    with pytest.raises(ConfigError, match=r"GPUs=2: dense-16k-seed1 was trained on 1.*add --shared-gpu"):
+        study["train"](folders, trained, recipe, 2, [], None)
     assert not folders.result(trained).exists()
     study["train"](folders, trained, recipe, 1, [], None)
     assert json.loads(folders.result(trained).read_text())["recipe"]["lr"] == recipe.lr
