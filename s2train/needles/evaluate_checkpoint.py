@@ -13,12 +13,13 @@ from s2train.distributed.ranks import is_rank_0, world_size
 from s2train.environment.hardware import detect_own
 from s2train.environment.provenance import environment
 from s2train.errors import ConfigError
+from s2train.files import FolderLock
 from s2train.inference.generation import generate
 from s2train.inference.page_pool import OutOfPagesError
 from s2train.megatron.setup import initialize, shutdown
 from s2train.needles.evaluation import run_needles
 from s2train.needles.reach import NeedleReach
-from s2train.needles.request import read_request
+from s2train.needles.request import Request, read_request
 from s2train.needles.results import TITLES, NeedleResults, file_name, layout_fingerprint, weights_fingerprint
 from s2train.needles.retrieval import Ranks
 from s2train.needles.tracking import log_needles
@@ -36,6 +37,7 @@ def evaluate(cfg: NeedleConfig) -> None:
     request = read_request(cfg, world_size(), hardware)
     is_first = is_rank_0()
     mode = choose_mode(cfg.wandb, "wandb") if is_first else "disabled"
+    locks = _claim(request) if is_first else []
     device = initialize(ParallelConfig(tp=cfg.tp), cfg.seed)
     loaded = load_for_inference(request.checkpoint, device, cfg.tp, cfg.attention_backend)
     settings = {
@@ -88,3 +90,22 @@ def evaluate(cfg: NeedleConfig) -> None:
     if mode != "disabled":
         print(f"wandb run {log_needles(found, request.trained, request.folder, mode)}", flush=True)
     shutdown()
+    for lock in locks:
+        lock.release()
+
+
+def _claim(request: Request) -> list[FolderLock]:
+    """Lock the tables, which are written whole after each cell, against other evaluations.
+
+    Raises:
+        ConfigError: another process writes one.
+    """
+    request.folder.mkdir(parents=True, exist_ok=True)
+    locks = []
+    for name in (file_name(problem.name) for problem in request.problems):
+        try:
+            locks.append(FolderLock(request.folder / f".{name}.lock"))
+        except BlockingIOError as error:
+            problem = f"another evaluation writes {name}.json there"
+            raise ConfigError("output", request.folder, problem, "Wait until it ends, or set another output") from error
+    return locks

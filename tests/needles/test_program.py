@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from s2train.errors import USAGE_STATUS
+from s2train.files import FolderLock
 from tests.data_fixtures import write_dataset
 from tests.program import Outcome, pretrain, run
 
@@ -66,6 +68,15 @@ def test_two_processes_give_the_same_results(
     needle(checkpoint, tmp_path, *arguments, processes=2).succeeded()
     found, expected = ([cell | {"seconds": None} for cell in results(folder)["cells"]] for folder in (tmp_path, alone))
     assert found == expected
+
+
+def test_a_table_that_another_evaluation_writes_is_not_written(checkpoint: Path, tmp_path: Path) -> None:
+    lock = FolderLock(tmp_path / ".needle.lock")
+    rejected = needle(checkpoint, tmp_path, processes=0)
+    lock.release()
+    assert rejected.status == USAGE_STATUS
+    assert "another evaluation writes needle.json there" in rejected.err
+    assert not (tmp_path / "needle.json").exists()
 
 
 def test_a_rerun_keeps_the_cells(checkpoint: Path, alone: Path, tmp_path: Path) -> None:
