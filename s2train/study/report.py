@@ -128,6 +128,7 @@ def _phase(name: str, own: Sequence[Group]) -> str:
             "On several GPUs, GPU time, tokens/s and MFU include communication, and the optimizer's state is divided.",
             *(shared if is_shared else []),
             *_gpus(own),
+            *_not_comparable(own),
             *(expected if not all(_is_exact(group) for group in own) else []),
             "Completed: share of identifiers [95 % interval], and in brackets the share without the definition.\n",
             table(heads, rows),
@@ -150,6 +151,22 @@ def _gpus(own: Sequence[Group]) -> list[str]:
     if len(found := by_device(own)) > 1:
         named = "; ".join(f"{device}: {', '.join(variants)}" for device, variants in found.items())
         said.append(f"The runs were timed on several GPU models, so GPU time, tokens/s and MFU are left out ({named}).")
+    return said
+
+
+def _not_comparable(own: Sequence[Group]) -> list[str]:
+    """Say which losses and probes are of different texts.
+
+    Results of several roots may be joined.
+    """
+    results, said = [result for group in own for result in group.results], []
+    counts = {result.summary.held_out_tokens for result in results} - {None}
+    if len(counts) > 1:
+        sizes = ", ".join(f"{count:,}" for count in sorted(filter(None, counts)))
+        said.append(f"Held-out losses are over different numbers of tokens ({sizes}), and not comparable.")
+    probes = [result.probes for result in results if result.probes]
+    if len({(one.get("text", {}).get("sha256"), one.get("tokenizer")) for one in probes}) > 1:
+        said.append("Probes are of several texts or tokenizers, and not comparable.")
     return said
 
 

@@ -18,7 +18,7 @@ from s2train.study.report import write_report
 from s2train.study.results import read_results, save_result
 from s2train.study.settings import Recipe, train_settings
 from s2train.study.variants import Run
-from tests.study.small_results import cells, measured, result
+from tests.study.small_results import cells, measured, result, summary
 
 NAME = "block_selection"
 
@@ -55,6 +55,20 @@ def test_probes_of_seeds_are_counted_together(folders: Folders) -> None:
     assert (share, without) == (0.4, 0.1)
     assert low < 0.4 < high
     assert group.recurrences() == {64: (4, 2.5, 6.0)}
+
+
+def test_losses_and_probes_of_different_texts_are_said_not_to_be_comparable(folders: Folders) -> None:
+    for variant, tokens, text in (("dense", 1024, "a"), ("hybrid", 2048, "b")):
+        run = Run(variant)
+        result(folders, run, [4.0, 2.0], 1.0, summary=asdict(summary(100.0)) | {"held_out_tokens": tokens})
+        folders.probes(run).write_text(json.dumps(probes(3, 10, 1.0, 1) | {"text": {"sha256": text}}))
+    write_report(folders)
+    report = (folders.root / "quality.md").read_text()
+    assert "Held-out losses are over different numbers of tokens (1,024, 2,048), and not comparable." in report
+    assert "Probes are of several texts or tokenizers, and not comparable." in report
+    folders.result(Run("hybrid")).unlink()
+    write_report(folders)
+    assert "not comparable" not in (folders.root / "quality.md").read_text()
 
 
 def test_a_phase_after_the_schedule_s_end_is_said_to_be_at_its_lowest_rate(folders: Folders) -> None:
