@@ -122,7 +122,7 @@ def summarize(run_dir: Path) -> Summary:
 
 
 def _first_reports(records: Sequence[dict[str, Any]]) -> set[int]:
-    """Return the steps of the first report of each start of a run."""
+    """Return the steps of each start's first report."""
     steps, is_first = set(), True
     for record in records:
         if record.get("event") == "config":

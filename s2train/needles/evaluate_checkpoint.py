@@ -95,7 +95,9 @@ def evaluate(cfg: NeedleConfig) -> None:
 
 
 def _claim(request: Request) -> list[FolderLock]:
-    """Lock the tables, which are written whole after each cell, against other evaluations.
+    """Lock the tables against other evaluations.
+
+    Each is written whole after every cell.
 
     Raises:
         ConfigError: another process writes one.

@@ -57,7 +57,9 @@ class Result:
 
 
 def check_same_gpus(folders: Folders, run: Run, gpus: int) -> None:
-    """Check that a run whose times are to be reported began on this number of GPUs.
+    """Check that a run began on this number of GPUs.
+
+    Its times would otherwise be of several numbers.
 
     Raises:
         ConfigError: its checkpoints are of another number.

@@ -127,7 +127,7 @@ def train_settings(folders: Folders, run: Run, recipe: Recipe, gpus: int = 1) ->
 
 
 def check_given(own: Sequence[str], given: Sequence[str]) -> None:
-    """Check that further settings leave a run what its name and recipe say.
+    """Check that further settings leave a run what its name says.
 
     Args:
         own: the study's settings of the run.

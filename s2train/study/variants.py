@@ -96,7 +96,10 @@ class Phase:
 
     @property
     def is_after_decay(self) -> bool:
-        """Whether it continues a run past its schedule's end, at its lowest learning rate."""
+        """Whether it continues a run past its schedule's end.
+
+        Its learning rate is then the lowest one.
+        """
         return self.after is not None and not self.weights_only
 
     @property
