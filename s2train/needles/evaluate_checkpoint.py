@@ -100,14 +100,16 @@ def _claim(request: Request) -> list[FolderLock]:
     Each is written whole after every cell.
 
     Raises:
-        ConfigError: another process writes one.
+        ConfigError: another process writes one, or a lock can't be written.
     """
-    request.folder.mkdir(parents=True, exist_ok=True)
     locks = []
     for name in (file_name(problem.name) for problem in request.problems):
         try:
+            request.folder.mkdir(parents=True, exist_ok=True)
             locks.append(FolderLock(request.folder / f".{name}.lock"))
         except BlockingIOError as error:
             problem = f"another evaluation writes {name}.json there"
             raise ConfigError("output", request.folder, problem, "Wait until it ends, or set another output") from error
+        except OSError as error:  # such as the lock of another user
+            raise ConfigError("output", request.folder, f"can't be locked ({error})", "Set another output") from error
     return locks

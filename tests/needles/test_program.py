@@ -79,6 +79,13 @@ def test_a_table_that_another_evaluation_writes_is_not_written(checkpoint: Path,
     assert not (tmp_path / "needle.json").exists()
 
 
+def test_a_folder_that_cannot_be_locked_is_rejected(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / ".needle.lock").mkdir()
+    rejected = needle(checkpoint, tmp_path, processes=0)
+    assert rejected.status == USAGE_STATUS
+    assert rejected.err.startswith(f"error: output={tmp_path}: can't be locked")
+
+
 def test_a_rerun_keeps_the_cells(checkpoint: Path, alone: Path, tmp_path: Path) -> None:
     content = results(alone)
     content["cells"][0]["correct"] = 5  # would be lost if it were evaluated again
