@@ -71,9 +71,9 @@ def check_same_gpus(folders: Folders, run: Run, gpus: int) -> None:
     for record in read_records(metrics):
         # files from before it was recorded lack it
         if record.get("event") == "config" and (before := record.get("processes", gpus)) != gpus:
-            problem = f"{run.name} was trained on {before}, and its times would be of both numbers"
-            remedy = f"Name {before} in --gpu, or add --shared-gpu, which leaves its times out"
-            raise ConfigError("GPUs", gpus, problem, remedy)
+            problem = f"{run.name} was trained on {before} GPUs, and its times would be of both numbers"
+            remedy = f"Name {before} devices, or add --shared-gpu, which leaves its times out"
+            raise ConfigError("--gpu", f"{gpus} devices", problem, remedy)
 
 
 def save_result(

@@ -133,16 +133,17 @@ def check_given(own: Sequence[str], given: Sequence[str]) -> None:
         own: the study's settings of the run.
         given: further ones.
     Raises:
-        ConfigError: one changes a setting of `SET_BY_STUDY`, or leaves out the held-out loss.
+        ConfigError: one changes the attention or a setting of `SET_BY_STUDY`, or leaves out the held-out loss.
         hydra.errors.HydraException: the settings don't compose.
     """
     if not given:
         return
     before, now = (dict(settings_by_name(asdict(compose_run(words)))) for words in (own, [*own, *given]))
-    for name in SET_BY_STUDY:
-        if now[name] != before[name]:
+    for name in before | now:
+        is_fixed = name in SET_BY_STUDY or name.startswith(("layout.", "schedule."))
+        if is_fixed and now.get(name) != before.get(name):
             problem = "the study sets it, and runs are compared by it"
-            raise ConfigError(name, now[name], problem, "Leave it out; for another run start launch/pretrain.py")
+            raise ConfigError(name, now.get(name), problem, "Leave it out; for another run start launch/pretrain.py")
     interval = "evaluation.interval"
     if before[interval] and not now[interval]:
         raise ConfigError(

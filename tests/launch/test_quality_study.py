@@ -186,6 +186,8 @@ def test_an_evaluation_takes_no_tasks_or_folders_whose_earlier_cells_would_join_
         ("train.exit_step=2", "the study sets it"),
         ("train.steps=2", "the study sets it"),
         ("seed=7", "the study sets it"),
+        ("layout.block_size=128", "the study sets it"),
+        ("schedule.dense_heads=1", "the study sets it"),
         ("run_dir=elsewhere", "the study sets it"),
         ("++evaluation.batches=1", "the study sets it"),
         ("evaluation.interval=0", "the held-out loss is a run's result"),
@@ -242,7 +244,7 @@ def test_a_trained_run_is_not_recorded_under_another_recipe_or_number_of_gpus(
         study["train"](folders, trained, Recipe(2e-3, 1 << 17), 1, [], None)
     with pytest.raises(ConfigError, match=r"was trained with optim\.weight_decay="):
         study["train"](folders, trained, recipe, 1, ["optim.weight_decay=0.3"], None)
-    with pytest.raises(ConfigError, match=r"GPUs=2: dense-16k-seed1 was trained on 1.*add --shared-gpu"):
+    with pytest.raises(ConfigError, match=r"--gpu=2 devices: dense-16k-seed1 was trained on 1 .*add --shared-gpu"):
         study["train"](folders, trained, recipe, 2, [], None)
     assert not folders.result(trained).exists()
     study["train"](folders, trained, recipe, 1, [], None)
