@@ -191,9 +191,9 @@ def _other_tokenizer(cfg: PretrainConfig, trained: PretrainConfig, checkpoint: P
 
 
 def _check_own_start(cfg: PretrainConfig, before: PretrainConfig, saved: Progress, checkpoint: Path) -> None:
-    """Reject a start from another run, if this run did not begin so.
+    """Reject settings of another start than the run had.
 
-    A run that did is resumed by the same command.
+    A run that began so is resumed by the same command.
     """
     for name in ("new_data", "weights_only"):
         if getattr(cfg.checkpoint, name) and not getattr(before.checkpoint, name) and not saved.weights_only:

@@ -26,7 +26,10 @@ def max_over_ranks(*values: int) -> list[int]:
 
 
 def union_over_ranks(names: Iterable[str]) -> list[str]:
-    """Return all ranks' names, each once, in the same order on every rank; a collective."""
+    """Return all ranks' names, each once; a collective.
+
+    Their order is the same on every rank.
+    """
     of_ranks: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(of_ranks, list(names))
     return list(dict.fromkeys(chain.from_iterable(of_ranks)))

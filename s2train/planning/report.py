@@ -11,7 +11,6 @@ from s2train.costs.stages import Balance
 from s2train.costs.step_time import MARGIN, Prediction
 from s2train.data.epochs import describe_epochs, training_epochs
 from s2train.data.indexed import read_metadata
-from s2train.data.tokenizers import fingerprint
 from s2train.errors import ConfigError
 from s2train.planning.numbers import duration, gib, time_text, with_unit
 from s2train.planning.plan import Plan
@@ -163,6 +162,8 @@ def _tokenizer_warning(cfg: PretrainConfig, prefix: str) -> str | None:
         problem = f"the tokenizer of {prefix} has {metadata.vocab_size:,} ids, more than model.vocab_size"
         remedy = f"{vocabulary_for(metadata.vocab_size, cfg.parallel.tp)}, and data.tokenizer={metadata.tokenizer}"
         return f"warning: {problem}={cfg.model.vocab_size}, so that the run will be rejected. {remedy}"
+    from s2train.data.tokenizers import fingerprint  # imports tokenizers, which a start doesn't wait for
+
     # A tokenizer.json that isn't on this machine may be on the run's.
     if fingerprint(cfg.data.tokenizer) in (None, metadata.fingerprint):
         return None
