@@ -25,14 +25,19 @@ def max_over_ranks(*values: int) -> list[int]:
     return [int(value) for value in box.tolist()]
 
 
+def over_ranks(value: T) -> list[T]:
+    """Gather every rank's picklable value, in rank order; a collective."""
+    values = [value] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
 def union_over_ranks(names: Iterable[str]) -> list[str]:
     """Return all ranks' names, each once; a collective.
 
     Their order is the same on every rank.
     """
-    of_ranks: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(of_ranks, list(names))
-    return list(dict.fromkeys(chain.from_iterable(of_ranks)))
+    return list(dict.fromkeys(chain.from_iterable(over_ranks(list(names)))))
 
 
 def broadcast_from_rank_0(value: T | None) -> T:

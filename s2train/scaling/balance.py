@@ -19,6 +19,7 @@ from torch import Tensor
 from s2train.attention.kind import LayerLayout
 from s2train.attention.registry import LETTERS
 from s2train.config import ParallelConfig
+from s2train.distributed.agreement import over_ranks
 from s2train.files import write_json
 from s2train.kernels.attention import block_sparse_attention
 from s2train.kernels.benchmarks.timing import Clock
@@ -29,7 +30,7 @@ from s2train.megatron.context_parallel.all_gather import chunk_ids
 from s2train.megatron.context_parallel.exchange_plan import exchange_plan
 from s2train.scaling.cases import SIZES, Case, Shape
 from s2train.scaling.recorded import Recorded
-from s2train.scaling.timing import over_ranks, time_attention
+from s2train.scaling.timing import time_attention
 
 BLOCK = 128
 _Measured = tuple[Callable[[], Tensor], tuple[Tensor, ...], Tensor]
@@ -72,7 +73,7 @@ class Meter:
         for rank in range(own, size, world):
             forward, inputs, dout = problem(rank)
             mine[rank] = time_attention(forward, inputs, dout, self._clock, self._passes)
-        found = {rank: ms for part in over_ranks(mine) for rank, ms in dict(part).items()}  # type: ignore[call-overload]
+        found = {rank: ms for part in over_ranks(mine) for rank, ms in part.items()}
         both = [found[rank]["forward"] + found[rank]["backward"] for rank in range(size)]
         return {"ms": [found[rank] for rank in range(size)], "spread": spread(both)}
 

@@ -17,6 +17,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from s2train.config import ParallelConfig
+from s2train.distributed.agreement import over_ranks
 from s2train.files import write_json
 from s2train.kernels.attention import block_sparse_attention
 from s2train.kernels.reference import reference_attention
@@ -26,7 +27,6 @@ from s2train.megatron.context_parallel.all_gather import own_rows
 from s2train.scaling.cases import Case, Shape
 from s2train.scaling.exchange_modes import exchange_modes
 from s2train.scaling.recorded import Recorded
-from s2train.scaling.timing import over_ranks
 
 NAMES = ("out", "dq", "dk", "dv")
 CASES = (Case(64, 2, 4, "shifted"), Case(64, 1, 4, "grouped"), Case(128, 2, 8, "shifted"))
@@ -59,7 +59,7 @@ def exactness(case: Case, shape: Shape, device: torch.device) -> dict[str, Any]:
         mode: {name: relative_error(x, own(x64)) for name, x, x64 in zip(NAMES, xs, exact, strict=True)}
         for mode, xs in found.items()
     }
-    ranks: list[Any] = over_ranks(errors)
+    ranks = over_ranks(errors)
     return {mode: {name: largest(of_rank[mode][name] for of_rank in ranks) for name in NAMES} for mode in errors}
 
 

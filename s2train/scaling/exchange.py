@@ -17,6 +17,7 @@ from megatron.core import parallel_state
 
 from s2train.config import ParallelConfig
 from s2train.costs.attention import density
+from s2train.distributed.agreement import over_ranks
 from s2train.environment.hardware_queues import order_communication
 from s2train.files import write_json
 from s2train.kernels.benchmarks.timing import Clock
@@ -28,7 +29,7 @@ from s2train.megatron.context_parallel.kv_exchange import KVExchange
 from s2train.scaling.cases import Case, Shape
 from s2train.scaling.exchange_modes import exchange_modes
 from s2train.scaling.recorded import Recorded
-from s2train.scaling.timing import over_ranks, time_attention, time_call
+from s2train.scaling.timing import time_attention, time_call
 
 # At 128k tokens these keep from 3 to 28 % of the causal positions. Heads of a KV group keep different columns (shifted,
 # whose union is several times larger) or the same columns (grouped).

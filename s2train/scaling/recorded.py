@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from s2train.distributed.agreement import over_ranks
 from s2train.files import write_json
-from s2train.scaling.timing import over_ranks
 
 Result = dict[str, Any]
 

@@ -48,10 +48,3 @@ def time_call(call: Callable[[], object], clock: Clock, passes: int) -> float:
             spans.append((before, clock.mark()))
     clock.wait()
     return median(clock.milliseconds(*span) for span in spans[_WARM:])
-
-
-def over_ranks(value: object) -> list[object]:
-    """Gather every rank's value, in rank order."""
-    values: list[object] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
