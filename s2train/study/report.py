@@ -160,9 +160,9 @@ def _not_comparable(own: Sequence[Group]) -> list[str]:
     Results of several roots may be joined.
     """
     results, said = [result for group in own for result in group.results], []
-    counts = {result.summary.held_out_tokens for result in results} - {None}
+    counts = {count for result in results if (count := result.summary.held_out_tokens) is not None}
     if len(counts) > 1:
-        sizes = ", ".join(f"{count:,}" for count in sorted(filter(None, counts)))
+        sizes = ", ".join(f"{count:,}" for count in sorted(counts))
         said.append(f"Held-out losses are over different numbers of tokens ({sizes}), and not comparable.")
     probes = [result.probes for result in results if result.probes]
     if len({(one.get("text", {}).get("sha256"), one.get("tokenizer")) for one in probes}) > 1:
