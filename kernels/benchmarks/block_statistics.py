@@ -29,6 +29,7 @@ from torch import Tensor
 from ..attention import block_sparse_attention
 from ..block_statistics import block_effects, block_mass, output_delta, rule_effects
 from ..block_statistics.reference import reference_block_effects, reference_mass, reference_rule_effects
+from ..block_statistics.spec import EffectInputs, StatisticSpec
 from ..layout import BlockLayout
 from ..provenance import origin
 from ..relative_error import relative_error
@@ -117,14 +118,15 @@ class Inputs:
         q, dout = (to_bhsd(x[start:stop], "sbhd").to(dtype) for x in (self.q, self.dout))
         k, v = (to_bhsd(x[:stop], "sbhd").to(dtype) for x in (self.k, self.v))
         lse, delta = (x[:, :, start:stop].to(precise) for x in (self.lse, self.delta))
-        options = (DIM**-0.5, True, start)
+        spec = StatisticSpec(BLOCK, DIM**-0.5, True, start)
         if statistic in ("mass", "listed"):
             layout = self.lists if statistic == "listed" else None
-            return reference_mass(q, k, lse, BLOCK, layout, *options)
+            return reference_mass(q, k, lse, spec, layout)
+        inputs = EffectInputs(q, k, v, lse, dout, delta)
         if statistic == "effects":
-            return reference_block_effects(q, k, v, lse, dout, delta, BLOCK, *options)
+            return reference_block_effects(inputs, spec)
         rules = self.rules[:, :, block : block + 1, : -(-stop // BLOCK)].expand(HEADS, -1, -1, -1)
-        return reference_rule_effects(q, k, v, lse, dout, delta, rules, BLOCK, *options)
+        return reference_rule_effects(inputs, rules, spec)
 
 
 def errors(case: Case, inputs: Inputs, result: Tensor) -> tuple[float, float]:

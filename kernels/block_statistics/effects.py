@@ -22,6 +22,7 @@ from ..attention import Backend, resolve_backend
 from ..spec import Format, shape_bhsd, to_bhsd
 from .blocks import check_call, query_blocks
 from .reference import reference_block_effects, reference_rule_effects
+from .spec import EffectInputs, StatisticSpec
 
 SUMS = ("signed", "absolute", "squared", "mass")
 
@@ -79,25 +80,18 @@ def block_effects(
     Raises:
         ValueError: arguments don't fit together; the message names the argument and the remedy.
     """
-    tensors = {"q": q, "k": k, "v": v, "dout": dout}
-    check_call(tensors, {"lse": lse, "delta": delta}, format, block_size, query_offset)
-    _check_values(tensors, format)
-    views = tuple(to_bhsd(x.detach(), format) for x in (q, k, v, dout))
-    n_q = query_blocks(views[0].shape[2], query_offset, block_size)[1]
-    shape = (4, views[0].shape[1], n_q, -(-views[1].shape[2] // block_size))
-    out = _accumulator(out, shape, lse)
-    rest = (block_size, scale_of(softmax_scale, views[0].shape[-1]), causal, query_offset)
+    inputs = _checked_views(EffectInputs(q, k, v, lse, dout, delta), format, block_size, query_offset)
+    spec = StatisticSpec(block_size, scale_of(softmax_scale, q.shape[-1]), causal, query_offset)
+    out = _accumulator(out, (4, *_result_shape(inputs, spec)), lse)
     with torch.no_grad():
         if resolve_backend(backend, q.device) == "torch":
-            qh, kh, vh, doh = (x.to(lse.dtype) for x in views)
-            out += reference_block_effects(qh, kh, vh, lse.detach(), doh, delta.detach(), *rest)
+            out += reference_block_effects(inputs.with_products_in(lse.dtype), spec)
         else:
             check_triton_dtype(q, "q, k, v and dout")
             # imported here so that a process loads only the backend that it uses
             from .effects_kernel import triton_block_effects
 
-            qh, kh, vh, doh = views
-            triton_block_effects(qh, kh, vh, lse.detach(), doh, delta.detach(), *rest, out)
+            triton_block_effects(inputs, spec, out)
     return out
 
 
@@ -135,25 +129,35 @@ def rule_effects(
     Raises:
         ValueError: arguments don't fit together; the message names the argument and the remedy.
     """
-    tensors = {"q": q, "k": k, "v": v, "dout": dout}
-    check_call(tensors, {"lse": lse, "delta": delta}, format, block_size, query_offset)
-    _check_values(tensors, format)
-    views = tuple(to_bhsd(x.detach(), format) for x in (q, k, v, dout))
-    heads, n_q = views[0].shape[1], query_blocks(views[0].shape[2], query_offset, block_size)[1]
-    rules = _checked_rules(rules, heads, n_q, -(-views[1].shape[2] // block_size), q.device)
+    inputs = _checked_views(EffectInputs(q, k, v, lse, dout, delta), format, block_size, query_offset)
+    spec = StatisticSpec(block_size, scale_of(softmax_scale, q.shape[-1]), causal, query_offset)
+    heads, n_q, n_k = _result_shape(inputs, spec)
+    rules = _checked_rules(rules, heads, n_q, n_k, q.device)
     out = _accumulator(out, (4, heads, rules.shape[1], n_q), lse)
-    rest = (block_size, scale_of(softmax_scale, views[0].shape[-1]), causal, query_offset)
     with torch.no_grad():
         if resolve_backend(backend, q.device) == "torch":
-            qh, kh, vh, doh = (x.to(lse.dtype) for x in views)
-            out += reference_rule_effects(qh, kh, vh, lse.detach(), doh, delta.detach(), rules, *rest)
+            out += reference_rule_effects(inputs.with_products_in(lse.dtype), rules, spec)
         else:
             check_triton_dtype(q, "q, k, v and dout")
             from .effects_kernel import triton_rule_effects
 
-            qh, kh, vh, doh = views
-            triton_rule_effects(qh, kh, vh, lse.detach(), doh, delta.detach(), rules, *rest, out)
+            triton_rule_effects(inputs, rules, spec, out)
     return out
+
+
+def _checked_views(given: EffectInputs, format: Format, block_size: int, query_offset: int) -> EffectInputs:
+    """Check tensors in `format`, and return views without gradients."""
+    tensors = {"q": given.q, "k": given.k, "v": given.v, "dout": given.dout}
+    check_call(tensors, {"lse": given.lse, "delta": given.delta}, format, block_size, query_offset)
+    _check_values(tensors, format)
+    views = {name: to_bhsd(x.detach(), format) for name, x in tensors.items()}
+    return EffectInputs(**views, lse=given.lse.detach(), delta=given.delta.detach())
+
+
+def _result_shape(inputs: EffectInputs, spec: StatisticSpec) -> tuple[int, int, int]:
+    """Return the numbers of heads, query blocks and key blocks."""
+    n_q = query_blocks(inputs.q.shape[2], spec.query_offset, spec.block_size)[1]
+    return inputs.q.shape[1], n_q, -(-inputs.k.shape[2] // spec.block_size)
 
 
 def _check_values(tensors: dict[str, Tensor], format: Format) -> None:

@@ -21,6 +21,7 @@ from ..tiles import LOG2_E, check_launch, last_contiguous, load_lse, load_tile, 
 from .blocks import query_blocks
 from .device import visible_tiles
 from .reference import LARGE, LEAST_KEPT
+from .spec import EffectInputs, StatisticSpec
 
 _LEAST_KEPT = tl.constexpr(LEAST_KEPT)
 _LARGE = tl.constexpr(LARGE)
@@ -240,81 +241,49 @@ def s2_rule_effects_kernel(
     tl.store(at + 3 * stride, tl.load(at + 3 * stride, mask=is_rule) + mass, mask=is_rule)
 
 
-def triton_block_effects(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lse: Tensor,
-    dout: Tensor,
-    delta: Tensor,
-    block_size: int,
-    softmax_scale: float,
-    causal: bool,
-    query_offset: int,
-    out: Tensor,
-) -> None:
-    """Add the sums of `block_effects` to `out`.
-
-    The tensors are views [b, h, s, d].
-    """
-    tensors, config = _arguments(q, k, v, lse, dout, delta, block_size)
+def triton_block_effects(inputs: EffectInputs, spec: StatisticSpec, out: Tensor) -> None:
+    """Add the sums of `block_effects` to `out`."""
+    tensors, config = _arguments(inputs, spec.block_size)
     _, _, n_q, n_k = out.shape
-    programs = q.shape[1] * n_q
-    check_launch(programs, n_k, block_size // config.steps)
-    with torch.cuda.device_of(q):
+    programs = inputs.q.shape[1] * n_q
+    check_launch(programs, n_k, spec.block_size // config.steps)
+    with torch.cuda.device_of(inputs.q):
         s2_block_effects_kernel[(programs,)](
-            *tensors, out, *_strides(tensors), softmax_scale * LOG2_E, *_sizes(q, k, query_offset, block_size), n_k,
-            **constants(q, v, block_size, config, causal),
+            *tensors, out, *_strides(tensors), spec.softmax_scale * LOG2_E, *_sizes(inputs, spec), n_k,
+            **constants(inputs.q, inputs.v, spec.block_size, config, spec.causal),
         )  # fmt: skip
 
 
-def triton_rule_effects(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lse: Tensor,
-    dout: Tensor,
-    delta: Tensor,
-    rules: Tensor,
-    block_size: int,
-    softmax_scale: float,
-    causal: bool,
-    query_offset: int,
-    out: Tensor,
-) -> None:
-    """Add the sums of `rule_effects` to `out`.
-
-    The tensors are views [b, h, s, d].
-    """
-    tensors, config = _arguments(q, k, v, lse, dout, delta, block_size)
+def triton_rule_effects(inputs: EffectInputs, rules: Tensor, spec: StatisticSpec, out: Tensor) -> None:
+    """Add the sums of `rule_effects` to `out`."""
+    tensors, config = _arguments(inputs, spec.block_size)
     heads, num_rules, n_q, n_k = rules.shape
     rules = last_contiguous(rules).view(torch.uint8)
     programs = heads * n_q * -(-num_rules // RULES_AT_ONCE)
-    check_launch(programs, n_k, block_size // config.steps)
-    with torch.cuda.device_of(q):
+    check_launch(programs, n_k, spec.block_size // config.steps)
+    with torch.cuda.device_of(inputs.q):
         s2_rule_effects_kernel[(programs,)](
             *tensors, rules, out, *_strides(tensors), *rules.stride()[:3],
-            softmax_scale * LOG2_E, *_sizes(q, k, query_offset, block_size), n_k, num_rules,
-            RULES=RULES_AT_ONCE, **constants(q, v, block_size, config, causal),
+            spec.softmax_scale * LOG2_E, *_sizes(inputs, spec), n_k, num_rules,
+            RULES=RULES_AT_ONCE, **constants(inputs.q, inputs.v, spec.block_size, config, spec.causal),
         )  # fmt: skip
 
 
-def _arguments(
-    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, dout: Tensor, delta: Tensor, block_size: int
-) -> tuple[tuple[Tensor, ...], Config]:
+def _arguments(inputs: EffectInputs, block_size: int) -> tuple[tuple[Tensor, ...], Config]:
+    q, v = inputs.q, inputs.v
     config = config_for("dq", block_size, q.shape[-1], v.shape[-1], q.dtype, shared_limit(q.device))
-    q, k, v, dout = (last_contiguous(x) for x in (q, k, v, dout))
-    return (q, k, v, dout, lse.contiguous(), delta.contiguous()), config
+    views = (last_contiguous(x) for x in (q, inputs.k, v, inputs.dout))
+    return (*views, inputs.lse.contiguous(), inputs.delta.contiguous()), config
 
 
 def _strides(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
     return tuple(stride for x in tensors[:4] for stride in strides(x))
 
 
-def _sizes(q: Tensor, k: Tensor, query_offset: int, block_size: int) -> tuple[int, ...]:
-    b, heads, s_q, _ = q.shape
-    first, n_q = query_blocks(s_q, query_offset, block_size)
-    return heads, heads // k.shape[1], b, s_q, k.shape[2], query_offset, first, n_q
+def _sizes(inputs: EffectInputs, spec: StatisticSpec) -> tuple[int, ...]:
+    (b, heads, s_q, _), (kv_heads, s_k) = inputs.q.shape, inputs.k.shape[1:3]
+    first, n_q = query_blocks(s_q, spec.query_offset, spec.block_size)
+    return heads, heads // kv_heads, b, s_q, s_k, spec.query_offset, first, n_q
 
 
 def constants(q: Tensor, v: Tensor, block_size: int, config: Config, causal: bool) -> dict[str, int]:

@@ -11,6 +11,7 @@ from ..spec import Format, to_bhsd
 from ..topk_layout import TopKLayout
 from .blocks import check_call, query_blocks
 from .reference import reference_mass
+from .spec import StatisticSpec
 
 
 def block_mass(
@@ -62,17 +63,16 @@ def block_mass(
     if layout is not None:
         _check_layout(layout, qh, kh, block_size, query_offset)
         layout.check_values()
-    scale = scale_of(softmax_scale, qh.shape[-1])
+    spec = StatisticSpec(block_size, scale_of(softmax_scale, qh.shape[-1]), causal, query_offset)
     with torch.no_grad():
         if resolve_backend(backend, q.device) == "torch":
             precise = torch.promote_types(q.dtype, torch.float32)
-            arguments = (block_size, layout, scale, causal, query_offset)
-            return reference_mass(qh.to(precise), kh.to(precise), lse.detach(), *arguments)
+            return reference_mass(qh.to(precise), kh.to(precise), lse.detach(), spec, layout)
         check_triton_dtype(q, "q and k")
         # imported here so that a process loads only the backend that it uses
         from .mass_kernel import triton_mass
 
-        return triton_mass(qh, kh, lse.detach(), block_size, layout, scale, causal, query_offset)
+        return triton_mass(qh, kh, lse.detach(), spec, layout)
 
 
 def _check_layout(layout: TopKLayout, q: Tensor, k: Tensor, block_size: int, query_offset: int) -> None:

@@ -20,6 +20,7 @@ from ..tiles import LOG2_E, check_launch, last_contiguous, load_lse, load_tile, 
 from ..topk_layout import TopKLayout
 from .blocks import query_blocks
 from .device import visible_tiles
+from .spec import StatisticSpec
 
 
 @triton.jit
@@ -133,21 +134,13 @@ def s2_block_mass_kernel(
             tl.store(out + later, tl.zeros([256], tl.float32), mask=later < n_k)
 
 
-def triton_mass(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    block_size: int,
-    layout: TopKLayout | None,
-    softmax_scale: float,
-    causal: bool,
-    query_offset: int,
-) -> Tensor:
+def triton_mass(q: Tensor, k: Tensor, lse: Tensor, spec: StatisticSpec, layout: TopKLayout | None) -> Tensor:
     """Compute `block_mass` of views q, k [b, h, s, d]."""
+    block_size = spec.block_size
     q, k, lse = last_contiguous(q), last_contiguous(k), lse.contiguous()
     (b, heads, s_q, dim), (kv_heads, s_k) = q.shape, k.shape[1:3]
     group = heads // kv_heads
-    first, n_q = query_blocks(s_q, query_offset, block_size)
+    first, n_q = query_blocks(s_q, spec.query_offset, block_size)
     n_k = -(-s_k // block_size) if layout is None else layout.slots
     config = config_for("forward", block_size, dim, dim, q.dtype, shared_limit(q.device))
     tiles = block_size // config.rows
@@ -157,10 +150,10 @@ def triton_mass(
     with torch.cuda.device_of(q):
         s2_block_mass_kernel[(programs,)](
             q, k, lse, None if layout is None else layout.indices, of_heads, *strides(q), *strides(k),
-            softmax_scale * LOG2_E, heads, group, s_q, s_k, query_offset, first, n_q, n_k,
+            spec.softmax_scale * LOG2_E, heads, group, s_q, s_k, spec.query_offset, first, n_q, n_k,
             0 if layout is None else layout.num_query_blocks,
             DIM=dim, PADDED_DIM=padded(dim), BLOCK=block_size, ROWS=config.rows, STEPS=config.steps,
-            SLOTS=1 if layout is None else triton.next_power_of_2(n_k), CAUSAL=causal, LISTED=layout is not None,
+            SLOTS=1 if layout is None else triton.next_power_of_2(n_k), CAUSAL=spec.causal, LISTED=layout is not None,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     mass = of_heads.sum(3) if tiles > 1 else of_heads[:, :, :, 0]

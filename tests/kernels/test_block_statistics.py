@@ -15,6 +15,7 @@ from s2train.kernels.block_statistics.reference import (
     reference_mass,
     reference_rule_effects,
 )
+from s2train.kernels.block_statistics.spec import EffectInputs, StatisticSpec
 from s2train.kernels.spec import from_bhsd, to_bhsd
 from torch import Tensor
 
@@ -134,14 +135,15 @@ def in_torch(statistic: str, problem: Problem, inputs: Inputs, rules: Tensor | N
     """A statistic in plain torch, products in the inputs' dtype and sums in float32."""
     q, k, v, lse, dout, delta = inputs.cast()
     q, k, v, dout = (to_bhsd(x, problem.format) for x in (q, k, v, dout))
-    options = (problem.dim**-0.5, problem.causal, problem.offset)
+    settings = StatisticSpec(problem.block, problem.dim**-0.5, problem.causal, problem.offset)
     if statistic == "mass":
-        return reference_mass(q, k, lse, problem.block, None, *options)
+        return reference_mass(q, k, lse, settings, None)
+    views = EffectInputs(q, k, v, lse, dout, delta)
     if statistic == "effects":
-        return reference_block_effects(q, k, v, lse, dout, delta, problem.block, *options)
+        return reference_block_effects(views, settings)
     assert rules is not None
     rules = rules.expand(problem.heads, -1, -1, -1)
-    return reference_rule_effects(q, k, v, lse, dout, delta, rules, problem.block, *options)
+    return reference_rule_effects(views, rules, settings)
 
 
 def rounded(inputs: Inputs) -> list[tuple[Tensor, ...]]:
