@@ -211,30 +211,15 @@ class LayerCache:
         else:
             self.last_use = last_uses(self.layout, core.num_kv_heads)
 
-    def attend(
-        self, core: CausalCoreAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> torch.Tensor:
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Attend over the cache and new tokens, and cache these.
 
         Shapes are those of `core.attend`.
         """
-        pool, table = self.cache.pool, self.cache.table[:, self.number]
-        chunk = self.cache.chunk
-        if chunk is None:
-            backend, positions = core.backend, self.cache.positions
-            append_token(key[0], value[0], pool.keys, pool.values, table, positions, backend=backend)
-            out, _ = block_sparse_decode(
-                query[0],
-                pool.keys,
-                pool.values,
-                table,
-                positions,
-                self.layout,
-                softmax_scale=core.softmax_scale,
-                backend=backend,
-            )
-            return out[None]
-        return self.attend_chunk(core, query, key, value, chunk)
+        if self.cache.chunk is not None:
+            return self.attend_chunk(query, key, value)
+        self.append(key, value)
+        return self._decode(query, self.cache.table[:, self.number], self.positions, self.layout)
 
     @property
     def chunk(self) -> Chunk | None:
@@ -249,10 +234,10 @@ class LayerCache:
         """
         return self.cache.positions
 
-    def append(self, core: CausalCoreAttention, key: torch.Tensor, value: torch.Tensor) -> None:
+    def append(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Cache one new token of each sequence: [1, b, h_kv, d]."""
         pool, table = self.cache.pool, self.cache.table[:, self.number]
-        append_token(key[0], value[0], pool.keys, pool.values, table, self.positions, backend=core.backend)
+        append_token(key[0], value[0], pool.keys, pool.values, table, self.positions, backend=self.core.backend)
 
     def own_blocks(self) -> torch.Tensor:
         """Read the keys of each sequence's newest block.
@@ -264,7 +249,7 @@ class LayerCache:
         pages = table.gather(2, block[:, None, None].expand(-1, table.shape[1], 1)).squeeze(2)
         return self.cache.pool.keys[pages.long()]
 
-    def attend_listed(self, core: CausalCoreAttention, query: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    def attend_listed(self, query: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
         """Attend from each sequence's new token to listed blocks.
 
         Reads no other page.
@@ -273,57 +258,60 @@ class LayerCache:
             query: [1, b, h, d].
             blocks: int [b, h_kv, slots], -1 where unused; the token's own block is in the last slot.
         """
-        pool, positions, size = self.cache.pool, self.positions, self.cache.block_size
+        positions, size = self.positions, self.cache.block_size
         table = self.cache.table[:, self.number].gather(2, blocks.clamp(min=0).long()).masked_fill(blocks < 0, -1)
         # the listed pages in a row: all before the last are complete, so their order is free
         within = (blocks.shape[2] - 1) * size + positions % size
+        return self._decode(query, table, torch.where(positions < 0, positions, within), None)
+
+    def _decode(
+        self, query: torch.Tensor, table: torch.Tensor, positions: torch.Tensor, layout: BlockLayout | None
+    ) -> torch.Tensor:
+        """Attend from each sequence's new token to the pages in `table`."""
+        pool, core = self.cache.pool, self.core
         out, _ = block_sparse_decode(
             query[0],
             pool.keys,
             pool.values,
             table,
-            torch.where(positions < 0, positions, within),
-            None,
+            positions,
+            layout,
             softmax_scale=core.softmax_scale,
             backend=core.backend,
         )
         return out[None]
 
-    def attend_each(
-        self, core: CausalCoreAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> torch.Tensor:
+    def attend_each(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Attend as `attend` does, by `core.attend` on one sequence after the other.
 
         Serves every kind whose `attend` of later queries needs no earlier query. It is slow: it copies keys out of
         their pages, and the host waits.
         """
         cache, pool, table = self.cache, self.cache.pool, self.cache.table[:, self.number]
-        chunk = cache.chunk
-        if chunk is not None:
-            return self.attend_chunk(core, query, key, value, chunk)
-        append_token(key[0], value[0], pool.keys, pool.values, table, cache.positions, backend=core.backend)
+        if cache.chunk is not None:
+            return self.attend_chunk(query, key, value)
+        self.append(key, value)
         out = torch.zeros_like(query)
         for number in np.flatnonzero(~cache.finished).tolist():
             length, row = int(cache.lengths[number]) + 1, table[number : number + 1]
             keys, values = (read_tokens(pages, row, length).permute(2, 0, 1, 3) for pages in (pool.keys, pool.values))
             one = slice(number, number + 1)
-            out[:, one] = core.attend(query[:, one], keys, values, query_offset=length - 1)
+            out[:, one] = self.core.attend(query[:, one], keys, values, query_offset=length - 1)
         return out
 
-    def attend_chunk(
-        self, core: CausalCoreAttention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, chunk: Chunk
-    ) -> torch.Tensor:
+    def attend_chunk(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Attend from a prompt's chunk to earlier and new tokens.
 
         Caches the new tokens that later queries may read.
         """
-        pool, table = self.cache.pool, self.cache.table[:, self.number]
+        pool, table, chunk = self.cache.pool, self.cache.table[:, self.number], self.cache.chunk
+        assert chunk is not None
         all_keys, all_values = key, value
         if chunk.start > 0:
             all_keys, all_values = (
                 _after_earlier(pages, table, new, chunk) for pages, new in ((pool.keys, key), (pool.values, value))
             )
-        out = core.attend(query, all_keys, all_values, query_offset=chunk.start)
+        out = self.core.attend(query, all_keys, all_values, query_offset=chunk.start)
         self.keep(chunk.lengths)
         write_tokens(pool.keys, table, key.permute(1, 2, 0, 3), chunk.start)
         write_tokens(pool.values, table, value.permute(1, 2, 0, 3), chunk.start)

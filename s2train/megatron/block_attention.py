@@ -98,7 +98,7 @@ class BlockCoreAttention(CausalCoreAttention):
 
     def attend_cached(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         assert self.kv is not None
-        return self.kv.attend(self, query, key, value)
+        return self.kv.attend(query, key, value)
 
     def attend_by_layout(
         self,

@@ -199,10 +199,10 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
         chunk = self.kv.chunk
         if chunk is not None:
             keep_chunk(self, self.kv, query, key, value, chunk)
-            return self.kv.attend_chunk(self, query, key, value, chunk)
-        self.kv.append(self, key, value)
+            return self.kv.attend_chunk(query, key, value)
+        self.kv.append(key, value)
         keep_token(self, self.kv, query)
-        out = self.kv.attend_listed(self, query, cached_list(self, self.kv))
+        out = self.kv.attend_listed(query, cached_list(self, self.kv))
         if self.kind.settings.mix_mean:
             out = mix(out, query, mean_with_token(self.kv, value), self.weight)
         return out

@@ -52,26 +52,20 @@ class AttentionCache(Protocol):
     @property
     def positions(self) -> torch.Tensor: ...
 
-    def append(self, core: "CausalCoreAttention", key: torch.Tensor, value: torch.Tensor) -> None: ...
+    def append(self, key: torch.Tensor, value: torch.Tensor) -> None: ...
     def own_blocks(self) -> torch.Tensor: ...
-    def attend_listed(self, core: "CausalCoreAttention", query: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor: ...
-    def attend_chunk(
-        self, core: "CausalCoreAttention", query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, chunk: Any
-    ) -> torch.Tensor: ...
+    def attend_listed(self, query: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor: ...
+    def attend_chunk(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor: ...
 
-    def attend(
-        self, core: "CausalCoreAttention", query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> torch.Tensor:
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Compute attention of new tokens over the cache and themselves.
 
         Their queries are [s_q, b, h, d]. The layer's static layout says what they read.
         """
         ...
 
-    def attend_each(
-        self, core: "CausalCoreAttention", query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> torch.Tensor:
-        """Compute attention by `core.attend`, one sequence after the other.
+    def attend_each(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Compute attention by the layer's `attend`, one sequence after the other.
 
         Equals `attend` over all keys of each sequence.
         """

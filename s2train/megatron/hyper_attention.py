@@ -95,7 +95,7 @@ class HyperCoreAttention(CausalCoreAttention):
 
     def attend_cached(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         assert self.kv is not None
-        return self.kv.attend(self, query, key, value)
+        return self.kv.attend(query, key, value)
 
     def cached_layout(self, max_length: int, device: torch.device) -> None:
         return None

@@ -33,7 +33,7 @@ class ToyCoreAttention(CausalCoreAttention):
 
     def attend_cached(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         assert self.kv is not None
-        return self.kv.attend_each(self, query, key, value)
+        return self.kv.attend_each(query, key, value)
 
     def cached_layout(self, max_length: int, device: torch.device) -> None:
         return None  # any key may be chosen later
