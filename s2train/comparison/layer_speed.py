@@ -23,6 +23,7 @@ from s2train.kernels.relative_error import relative_error
 from s2train.layouts.patterns.base import ones
 from s2train.megatron.block_attention import DenseCoreAttention, kernels_of
 from s2train.megatron.core_attention import CausalCoreAttention
+from s2train.megatron.dense_kernels import CallInputs
 from s2train.megatron.layout_cache import LayoutCache
 from s2train.megatron.model import transformer_config
 from s2train.megatron.specs import core_attention_class
@@ -109,7 +110,7 @@ class LayerTimer:
             and self.device.type == "cuda"
         ):
             q, k, v, _ = self._inputs_of(length)
-            checked.implementation = core.choose("whole", q, k, v, 0).implementation  # it depends on the length
+            checked.implementation = core.choose(CallInputs(q, k, v)).implementation  # it depends on the length
         short = self.layout(layer, self.check_length, cache)
         key = " ".join([self.key(layer, short), getattr(checked, "implementation", "")])
         record = self._checked(key, partial(_attend, checked), short)

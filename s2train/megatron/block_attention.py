@@ -15,7 +15,7 @@ from s2train.megatron.context_parallel.attention import attend_after_exchange, a
 from s2train.megatron.context_parallel.document_exchange import attend_documents_exchanged
 from s2train.megatron.context_parallel.documents import DividedDocuments, attend_documents_gathered
 from s2train.megatron.core_attention import CausalCoreAttention, PackedDocuments, cores_of
-from s2train.megatron.dense_kernels import choose_kernels, run_dense, runs_sparse_op
+from s2train.megatron.dense_kernels import CallInputs, choose_kernels, run_dense, runs_sparse_op
 
 MakeLayout = Callable[[], BlockLayout]
 
@@ -142,39 +142,29 @@ class DenseCoreAttention(BlockCoreAttention):
     def attend_later(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: MakeLayout, query_offset: int
     ) -> torch.Tensor:
+        inputs = CallInputs(query, key, value)
+        assert inputs.query_offset == query_offset
         implementation = "auto"
         if query.shape[0] > 1 and (query.is_cuda or self.implementation == "s2train"):
-            kind: Kind = "whole" if query.shape[0] == key.shape[0] else "later"
-            implementation = self.choose(kind, query, key, value, query_offset).implementation
-        return self._run(implementation, query, key, value, layout, query_offset, None)
+            implementation = self.choose(inputs).implementation
+        return self._run(implementation, inputs, layout)
 
     def attend_document(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: BlockLayout, bounds: torch.Tensor
     ) -> torch.Tensor:
-        implementation = "s2train"
-        if query.is_cuda:
-            implementation = self.choose("documents", query, key, value, 0, bounds).implementation
-        return self._run(implementation, query, key, value, lambda: layout, 0, bounds)
+        inputs = CallInputs(query, key, value, bounds)
+        implementation = self.choose(inputs).implementation if query.is_cuda else "s2train"
+        return self._run(implementation, inputs, lambda: layout)
 
-    def _run(
-        self,
-        implementation: str,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        layout: MakeLayout,
-        query_offset: int,
-        bounds: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def _run(self, implementation: str, inputs: CallInputs, layout: MakeLayout) -> torch.Tensor:
         """Run the chosen kernels; `layout` is called if they need one."""
-        needed = layout() if runs_sparse_op(implementation, bounds) else None
+        needed = layout() if runs_sparse_op(implementation, inputs.bounds) else None
         if needed is not None and self.kernels is None:
             self.kernels = kernels_in_use(
-                query, key, value, needed, query_offset=query_offset, cu_seqlens=bounds, backend=self.backend
-            )
-        return run_dense(
-            implementation, query, key, value, needed, self.softmax_scale, query_offset, bounds, self.backend
-        )
+                inputs.query, inputs.key, inputs.value, needed, query_offset=inputs.query_offset,
+                cu_seqlens=inputs.bounds, backend=self.backend,
+            )  # fmt: skip
+        return run_dense(inputs, implementation, needed, self.softmax_scale, self.backend)
 
     def cached_layout(self, max_length: int, device: torch.device) -> None:
         return None
@@ -184,28 +174,18 @@ class DenseCoreAttention(BlockCoreAttention):
         length = key.shape[0] if self.kv is None else self.kv.max_length
         return self.cache.get(self.layer_layout, length, self.heads, key.device)
 
-    def choose(
-        self,
-        kind: Kind,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        query_offset: int,
-        bounds: torch.Tensor | None = None,
-    ) -> DenseChoice:
+    def choose(self, inputs: CallInputs) -> DenseChoice:
         """Choose the kernels for a call.
 
         Cached in `choices` per type of call.
         """
+        kind, query, key, value = inputs.kind, inputs.query, inputs.key, inputs.value
         deterministic = torch.are_deterministic_algorithms_enabled()
         shapes = (query.shape[1:], key.shape[1:], query.stride(), value.stride())
         call = (kind, query.dtype, *shapes, deterministic, dense_order(kind, key.shape[0]))
         if call in self._chosen:
             return self._chosen[call]
-        choice = choose_kernels(
-            kind, query, key, value, query_offset, bounds, self.implementation, self.backend,
-            lambda: self.full_layout(key),
-        )  # fmt: skip
+        choice = choose_kernels(inputs, self.implementation, self.backend, lambda: self.full_layout(key))
         self._chosen[call] = choice
         self.choices.setdefault(kind, choice)
         return choice

@@ -22,9 +22,8 @@ from s2train.config import PretrainConfig, head_dim
 from s2train.environment.dtypes import DTYPES
 from s2train.kernels.attention import Backend, block_sparse_attention, resolve_backend
 from s2train.kernels.backward_alone import forwards_left_out
-from s2train.kernels.dense_choice import Kind
 from s2train.kernels.layout import BlockLayout
-from s2train.megatron.dense_kernels import choose_kernels, run_dense, runs_sparse_op
+from s2train.megatron.dense_kernels import CallInputs, choose_kernels, run_dense, runs_sparse_op
 
 
 @dataclass(frozen=True)
@@ -119,22 +118,11 @@ def _zeros(
 
 @dataclass(frozen=True)
 class _Call:
-    """A layer's call, as in a step.
-
-    `bounds`, int32 [documents + 1], are those of packed documents.
-    """
+    """A layer's call, as in a step."""
 
     layout: Callable[[], BlockLayout]
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    bounds: Tensor | None
+    inputs: CallInputs
     backend: Backend
-
-    @property
-    def offset(self) -> int:
-        """Position of the first query."""
-        return len(self.key) - len(self.query)
 
 
 def _calls(
@@ -149,15 +137,16 @@ def _calls(
             # of one sequence, as layers do
             bounds = torch.tensor([0, rows], dtype=torch.int32, device=device)
             query, key, value = (x[:rows, :1] for x in inputs)
-            yield _Call(layout, query, key, value, bounds, backend)
+            yield _Call(layout, CallInputs(query, key, value, bounds), backend)
         if keys > rows or not cfg.data.attention_within_documents:
-            yield _Call(layout, *inputs, None, backend)
+            yield _Call(layout, CallInputs(*inputs), backend)
 
 
 def _attend(call: _Call) -> Tensor:
+    inputs = call.inputs
     return block_sparse_attention(
-        call.query, call.key, call.value, call.layout(), query_offset=call.offset, cu_seqlens=call.bounds,
-        backend=call.backend,
+        inputs.query, inputs.key, inputs.value, call.layout(), query_offset=inputs.query_offset,
+        cu_seqlens=inputs.bounds, backend=call.backend,
     )  # fmt: skip
 
 
@@ -166,18 +155,14 @@ def _attend_densely(implementation: str, call: _Call) -> Tensor | None:
 
     None if torch's own kernels do, which aren't compiled.
     """
-    query, key, value, bounds = call.query, call.key, call.value, call.bounds
-    offset, documents = call.offset, bounds is not None
-    if query.is_cuda or implementation == "s2train":
-        kind: Kind = "documents" if documents else "later" if offset else "whole"
-        implementation = choose_kernels(
-            kind, query, key, value, offset, bounds, implementation, call.backend, call.layout
-        ).implementation
-    by_op = runs_sparse_op(implementation, bounds)
+    inputs = call.inputs
+    if inputs.query.is_cuda or implementation == "s2train":
+        implementation = choose_kernels(inputs, implementation, call.backend, call.layout).implementation
+    by_op = runs_sparse_op(implementation, inputs.bounds)
     if not by_op and implementation != "fa4":
         return None
-    layout, scale = call.layout() if by_op else None, query.shape[-1] ** -0.5
-    return run_dense(implementation, query, key, value, layout, scale, offset, bounds, call.backend)
+    layout, scale = call.layout() if by_op else None, inputs.query.shape[-1] ** -0.5
+    return run_dense(inputs, implementation, layout, scale, call.backend)
 
 
 def _run(out: Tensor | None) -> None:

@@ -132,7 +132,7 @@ def test_dense_layers_run_flash_attention_4_if_they_do_in_a_step(
         ran.append((tuple(query.shape), how.get("bounds") is not None))
         return query * 1.0
 
-    monkeypatch.setattr(warm_up, "choose_kernels", lambda kind, *_: DenseChoice(kind, "fa4"))
+    monkeypatch.setattr(warm_up, "choose_kernels", lambda inputs, *_: DenseChoice(inputs.kind, "fa4"))
     for module in ("s2train.megatron.dense_kernels", "s2train.kernels.dense"):
         monkeypatch.setattr(f"{module}.fa4_attention", fa4)
     # by name, a CPU chooses too
