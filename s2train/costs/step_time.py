@@ -48,8 +48,8 @@ from s2train.costs.attention import rank_spread
 from s2train.costs.attention_time import AttentionRates, Seconds, attention_seconds
 from s2train.costs.exchange import exchange_mode
 from s2train.costs.implementations import Implementations
-from s2train.costs.memory import Chunks, data_parallel, micro_batches, rank_tokens
 from s2train.costs.parameters import layer_parameters, mlp_parameters, stage_parameters
+from s2train.costs.rank_share import Chunks, data_parallel, micro_batches, rank_tokens
 from s2train.costs.stages import Stages
 from s2train.costs.tensor_parallel import TensorParallel, collective_share, slowdown
 from s2train.environment.hardware import GpuRates, Hardware, gpu_rates

@@ -24,8 +24,9 @@ from s2train.attention.features import Feature
 from s2train.attention.hybrid import HybridLayout
 from s2train.command_line.program import run_command, settings_before_options
 from s2train.config import ParallelConfig, PretrainConfig
-from s2train.costs.memory import GIB, element_bytes
+from s2train.costs.memory import GIB
 from s2train.costs.parameters import total_parameters
+from s2train.costs.rank_share import element_bytes
 from s2train.environment.hardware import Hardware, detect_own
 from s2train.environment.provenance import timed_on
 from s2train.errors import ConfigError

@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed import _symmetric_memory as symmetric_memory
 
 from s2train.config import PretrainConfig
-from s2train.costs.memory import element_bytes, rank_tokens
+from s2train.costs.rank_share import element_bytes, rank_tokens
 from s2train.errors import ConfigError, first_line
 from s2train.kernels.leading_sum import leading_sum
 

@@ -14,7 +14,8 @@ from s2train.attention.hybrid import HybridLayout
 from s2train.config import PretrainConfig
 from s2train.costs.flops import token_flops
 from s2train.costs.implementations import Implementations
-from s2train.costs.memory import Memory, data_parallel, rank_memory
+from s2train.costs.memory import Memory, rank_memory
+from s2train.costs.rank_share import data_parallel
 from s2train.costs.stages import Stages, layer_flops, pipeline_stages
 from s2train.costs.step_time import GPUS_PER_MACHINE, Prediction, predict_step
 from s2train.environment.hardware import Hardware

@@ -10,9 +10,10 @@ from s2train.costs.attention import density, layout_nbytes, rank_spread
 from s2train.costs.exchange import LayerExchange, layer_exchanges
 from s2train.costs.flops import TokenFlops, teacher_flops, token_flops
 from s2train.costs.implementations import Implementations
-from s2train.costs.memory import Memory, data_parallel, micro_batches
+from s2train.costs.memory import Memory
 from s2train.costs.parameters import stage_parameters, total_parameters
 from s2train.costs.phases import Phase, phases
+from s2train.costs.rank_share import data_parallel, micro_batches
 from s2train.costs.stages import Balance, balance, layer_flops, pipeline_stages
 from s2train.costs.step_time import Prediction, predict_step
 from s2train.environment.hardware import Hardware

@@ -1,8 +1,8 @@
 """Memory of one layer's attention in the backward pass, by what computes it."""
 
 from s2train.config import PretrainConfig
+from s2train.costs.activations import attention_gradients
 from s2train.costs.implementations import Implementations
-from s2train.costs.memory import attention_gradients
 from s2train.planning import compose_run, hybrid_layout
 
 MILLION, KV_HEADS, DIM = 1_048_576, 8, 128

@@ -1,6 +1,6 @@
 """What the plan counts if there are more tensor parallel ranks than KV heads."""
 
-from s2train.costs.memory import gathered_projection, layer_activations
+from s2train.costs.activations import gathered_projection, layer_activations
 from s2train.planning import compose_run, preview
 from s2train.planning.targets import target_gpu
 
@@ -11,7 +11,7 @@ SETTINGS += [f"model.ffn_hidden_size={FFN}", "model.vocab_size=8192", "train.glo
 
 def bytes_of_layer(tp: int) -> int:
     """Saved by a layer besides the residual stream."""
-    return layer_activations(compose_run([*SETTINGS, f"parallel.tp={tp}"]), stream=0, kind="cuda")[0]
+    return layer_activations(compose_run([*SETTINGS, f"parallel.tp={tp}"]), stream=0, device_type="cuda")[0]
 
 
 def test_ranks_keep_their_query_heads_and_one_whole_kv_head() -> None:

@@ -10,8 +10,8 @@ from collections import Counter
 import torch
 from torch import Tensor
 
+from s2train.costs.activations import stage_activations
 from s2train.costs.implementations import Implementations
-from s2train.costs.memory import stage_activations
 from s2train.costs.parameters import total_parameters
 from s2train.megatron.layer_backends import choose_backend
 from s2train.megatron.model import build_model, transformer_config

@@ -10,10 +10,11 @@ from s2train.attention.hybrid import dense_layer
 from s2train.attention.kind import LayerLayout
 from s2train.attention.registry import LETTERS
 from s2train.config import LayoutConfig, ModelConfig, ParallelConfig, PretrainConfig, TrainConfig
+from s2train.costs.activations import stage_activations
 from s2train.costs.attention import layout_nbytes
 from s2train.costs.flops import token_flops
 from s2train.costs.implementations import Implementations
-from s2train.costs.memory import rank_memory, stage_activations
+from s2train.costs.memory import rank_memory
 from s2train.costs.parameters import stage_parameters, total_parameters
 from s2train.environment.hardware import Hardware, gpu_rates
 from s2train.layouts.patterns import Dense
