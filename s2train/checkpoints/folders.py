@@ -1,4 +1,4 @@
-"""Finds checkpoints on disk, reads them, and loads their models.
+"""Finds checkpoints on disk, and reads their settings and progress.
 
     RUN_DIR/checkpoints/iter_0000100/                         Megatron's shards
     RUN_DIR/checkpoints/iter_0000100/config.yaml              settings of the run that wrote them
@@ -9,31 +9,18 @@ Folder names are Megatron's. A folder `iter_*` was complete once: it is written 
 """
 
 import json
-from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from megatron.core import parallel_state
-from megatron.core.transformer.module import MegatronModule
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torch.distributed.checkpoint.api import CheckpointException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from s2train.attention.hybrid import HybridLayout
-from s2train.checkpoints.integrity import CONFIG, PROGRESS, damage, known_problem, later_megatron, later_torch
-from s2train.checkpoints.masks import check_masks, mask_digests
-from s2train.checkpoints.optimizer_state_conversion import load_without_foreign_extra_state
-from s2train.checkpoints.shard_index import saved_entries
+from s2train.checkpoints.integrity import CONFIG, PROGRESS, damage, known_problem
 from s2train.command_line.old_names import rename_saved
 from s2train.config import PretrainConfig
 from s2train.errors import ConfigError
-from s2train.megatron.core_attention import cores_of
-from s2train.megatron.layer_backends import backend_of
-from s2train.megatron.model import build_model, transformer_config, unwrap
-from s2train.planning import hybrid_layout
 
 
 @dataclass(frozen=True)
@@ -180,47 +167,6 @@ def write_config(cfg: PretrainConfig, path: Path) -> None:
     OmegaConf.save(OmegaConf.create(asdict(cfg)), path)
 
 
-def load_shards(
-    state: dict[str, Any], checkpoint: Path, setting: str = "checkpoint", entries: Collection[str] | None = None
-) -> dict[str, Any]:
-    """Load a sharded state dict through Megatron.
-
-    Args:
-        entries: what `readable_entries` returned; None: not called yet.
-    Raises:
-        ConfigError: the checkpoint's shards are damaged, or a later torch or megatron-core wrote them.
-    """
-    known = readable_entries(checkpoint, setting) if entries is None else entries
-    try:
-        return load_without_foreign_extra_state(state, checkpoint, known)
-    except (Exception, CheckpointException) as error:  # a missing or truncated file raises many types
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        problem = damage(checkpoint) or f"its shards can't be loaded ({reason})"
-        raise ConfigError(setting, checkpoint, problem, remedy_for_damage(checkpoint, setting)) from error
-
-
-def readable_entries(checkpoint: Path, setting: str = "checkpoint") -> set[str]:
-    """Return the names of a checkpoint's saved tensors and objects.
-
-    Raises:
-        ConfigError: the index is damaged, or the installed torch or megatron-core can't read what a later one wrote.
-    """
-    try:
-        entries = saved_entries(checkpoint)
-        problem = later_megatron(checkpoint, entries)
-    except Exception as error:  # unpickling damaged bytes can raise any exception
-        if (problem := later_torch(error)) is None:
-            reason = f"its index .metadata can't be read ({type(error).__name__})"
-            raise ConfigError(setting, checkpoint, reason, remedy_for_damage(checkpoint, setting)) from error
-    if problem is not None:
-        remedy = (
-            "Install that version; or, for the weights alone, run launch/export.py with that version and"
-            " launch/import.py with this one"
-        )
-        raise ConfigError(setting, checkpoint, problem, remedy)
-    return entries
-
-
 def remedy_for_damage(checkpoint: Path, setting: str = "checkpoint") -> str:
     """Remedy for a damaged checkpoint: the newest intact one before it."""
     older = [path for path in checkpoints_in(checkpoint.parent) if step_of(path) < step_of(checkpoint)]
@@ -232,71 +178,3 @@ def remedy_for_damage(checkpoint: Path, setting: str = "checkpoint") -> str:
         " checkpoint.resume=never"
     )
     return f"No older checkpoint there is intact; {restart if setting == 'checkpoint.resume' else 'set another one'}"
-
-
-def sharding_metadata() -> dict[str, Any]:
-    """Metadata of a shard layout that any number of ranks can load."""
-    return {
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-        "distrib_optim_sharding_type": "fully_reshardable",
-    }
-
-
-@dataclass
-class Loaded:
-    """A trained model in eval mode, with its configuration."""
-
-    config: PretrainConfig
-    model: MegatronModule
-    step: int
-    path: Path
-
-
-def load_for_inference(
-    checkpoint: str | Path,
-    device: torch.device,
-    tp: int = 1,
-    attention_backend: str = "auto",
-    layer_backend: str | None = None,
-    *,
-    hybrid: HybridLayout | None = None,
-    seq_length: int | None = None,
-    precision: str | None = None,
-    recompute: str = "none",
-) -> Loaded:
-    """Load the model of a checkpoint in eval mode, without its optimizer.
-
-    Each tensor parallel group holds the whole model. Call after `s2train.megatron.setup.initialize` with this tp. The
-    model takes (tokens [b, s] int64, position_ids [b, s] int64, None) and returns logits [b, s, vocab].
-
-    Args:
-        layer_backend: of the layers around attention; None takes the run's, transformer-engine only if it works.
-        hybrid: attention of other kinds without weights, over the same heads; None: the run's.
-        seq_length, precision: None: the run's.
-        recompute: as in a run, for backward passes in train mode.
-    Raises:
-        ConfigError: there is no checkpoint, it is damaged, or it was trained with other masks than its files hold now.
-    """
-    path = find_checkpoint(checkpoint)
-    cfg, progress = read_config(path), read_progress(path)
-    if hybrid is None:
-        hybrid = hybrid_layout(cfg)
-        check_masks(progress.masks, mask_digests(hybrid), path, "checkpoint")
-    cfg.attention_backend = attention_backend
-    cfg.parallel.tp, cfg.parallel.pp, cfg.parallel.vpp, cfg.parallel.cp = tp, 1, None, 1
-    cfg.parallel.sequence_parallel = False
-    cfg.train.recompute, cfg.train.recompute_num_layers = recompute, 1
-    cfg.train.seq_length, cfg.train.precision = seq_length or cfg.train.seq_length, precision or cfg.train.precision
-    # Any backend loads another's weights, and computes in the run's precision.
-    cfg.layer_backend, cfg.fp8 = layer_backend or ("local" if cfg.layer_backend == "local" else "auto"), "none"
-    # The run's kernels may not be installed here, or not support a query offset. No loss is computed.
-    cfg.dense_attention, cfg.elementwise, cfg.loss = "auto", "auto", "torch"
-    (chunk,) = build_model(cfg, transformer_config(cfg), hybrid, backend_of(cfg), device)
-    gpt = unwrap(chunk)
-    gpt.parallel_output = False  # gathers the logits over tensor parallel ranks
-    gpt.output_layer.gather_output = True
-    gpt.load_state_dict(load_shards({"model": gpt.sharded_state_dict(metadata=sharding_metadata())}, path)["model"])
-    chunk.eval()
-    for core in cores_of(gpt):
-        core.step = progress.step  # that its random numbers depend on
-    return Loaded(config=cfg, model=chunk, step=progress.step, path=path)

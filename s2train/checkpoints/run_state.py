@@ -23,10 +23,7 @@ from s2train.checkpoints.folders import (
     checkpoints_in,
     folder_name,
     is_own,
-    load_shards,
     own_checkpoints,
-    readable_entries,
-    sharding_metadata,
     step_of,
     write_config,
 )
@@ -35,6 +32,7 @@ from s2train.checkpoints.missing_weights import leave_out_missing
 from s2train.checkpoints.optimizer_state_conversion import convert_param_groups
 from s2train.checkpoints.random_state import current_rng_ranks, set_rng, sharded_rng
 from s2train.checkpoints.resume import loads_weights_alone
+from s2train.checkpoints.shards import load_shards, readable_entries, sharding_metadata
 from s2train.config import OptimConfig, PretrainConfig
 from s2train.distributed.agreement import broadcast_from_rank_0, max_over_ranks
 from s2train.errors import ConfigError, TrainingError

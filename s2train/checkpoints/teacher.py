@@ -8,15 +8,10 @@ import torch
 
 from s2train.attention.hybrid import HybridLayout
 from s2train.attention.teacher import TeacherSetting, teacher_setting
-from s2train.checkpoints.folders import (
-    find_checkpoint,
-    load_shards,
-    read_config,
-    remedy_for_damage,
-    sharding_metadata,
-)
+from s2train.checkpoints.folders import find_checkpoint, read_config, remedy_for_damage
 from s2train.checkpoints.integrity import damage
 from s2train.checkpoints.setting_changes import changes_between
+from s2train.checkpoints.shards import load_shards, sharding_metadata
 from s2train.config import PretrainConfig
 from s2train.data.tokenizers import Tokenizer, fingerprint
 from s2train.errors import ConfigError, as_typed

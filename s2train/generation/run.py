@@ -12,7 +12,7 @@ from typing import TextIO
 
 import torch
 
-from s2train.checkpoints.folders import Loaded, load_for_inference
+from s2train.checkpoints.inference_model import Loaded, load_for_inference
 from s2train.config import ParallelConfig
 from s2train.distributed.ranks import is_rank_0, world_size
 from s2train.environment.hardware import detect_own

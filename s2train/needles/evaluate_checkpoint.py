@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from megatron.core import parallel_state
 
-from s2train.checkpoints.folders import load_for_inference
+from s2train.checkpoints.inference_model import load_for_inference
 from s2train.config import NeedleConfig, ParallelConfig
 from s2train.distributed.ranks import is_rank_0, world_size
 from s2train.environment.hardware import detect_own

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s2train.checkpoints.folders import load_for_inference
+from s2train.checkpoints.inference_model import load_for_inference
 from s2train.checkpoints.trained import Trained
 from s2train.config import ParallelConfig, PretrainConfig, ProbesConfig
 from s2train.data.tokenizers import Tokenizer

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from s2train.attention.random_numbers import stateless_seed
-from s2train.checkpoints.folders import Loaded, find_checkpoint, load_for_inference, read_config
+from s2train.checkpoints.folders import find_checkpoint, read_config
+from s2train.checkpoints.inference_model import Loaded, load_for_inference
 from s2train.checkpoints.trained import check_tokenizer
 from s2train.config import PretrainConfig
 from s2train.data.checks import check_data

@@ -11,8 +11,8 @@ from torch.distributed.checkpoint import FileSystemWriter, save
 from torch.distributed.checkpoint.metadata import TensorProperties
 
 from s2train.checkpoints import integrity
-from s2train.checkpoints.folders import load_shards, readable_entries
 from s2train.checkpoints.random_state import set_rng
+from s2train.checkpoints.shards import load_shards, readable_entries
 from s2train.errors import ConfigError
 
 

@@ -16,8 +16,9 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint import FileSystemReader
 
 from s2train.checkpoints import shard_index
-from s2train.checkpoints.folders import Progress, sharding_metadata
+from s2train.checkpoints.folders import Progress
 from s2train.checkpoints.run_state import Saver, TrainingState, load, sharded_state
+from s2train.checkpoints.shards import sharding_metadata
 from s2train.config import PretrainConfig
 from s2train.errors import ConfigError
 from s2train.megatron.layer_backends import backend_of

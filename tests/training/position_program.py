@@ -5,7 +5,7 @@ import warnings
 
 import torch
 
-from s2train.checkpoints.folders import load_for_inference
+from s2train.checkpoints.inference_model import load_for_inference
 from s2train.config import ParallelConfig
 from s2train.data.checks import num_train_samples
 from s2train.data.datasets import build_datasets

@@ -8,7 +8,7 @@ from typing import Any
 
 from s2train.attention.dense import DenseKind
 from s2train.attention.features import Feature
-from s2train.checkpoints.folders import find_checkpoint, load_for_inference, read_config
+from s2train.checkpoints.folders import find_checkpoint, read_config
 from s2train.checkpoints.hugging_face.folder import require_safetensors, write_weights
 from s2train.checkpoints.hugging_face.layout_json import layout_json
 from s2train.checkpoints.hugging_face.rope_scaling import longest_length, to_hugging_face
@@ -22,6 +22,7 @@ from s2train.checkpoints.hugging_face.weights import (
     unknown_weights,
     with_rows,
 )
+from s2train.checkpoints.inference_model import load_for_inference
 from s2train.checkpoints.trained import check_tokenizer
 from s2train.config import ExportConfig, ParallelConfig, PretrainConfig
 from s2train.data.tokenizers import FileTokenizer, Tokenizer, load_tokenizer

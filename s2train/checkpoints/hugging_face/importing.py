@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from s2train.checkpoints.async_writers import start_results_manager
-from s2train.checkpoints.folders import Progress, folder_name, sharding_metadata, write_config
+from s2train.checkpoints.folders import Progress, folder_name, write_config
 from s2train.checkpoints.hugging_face.folder import WeightsFolder, require_safetensors
 from s2train.checkpoints.hugging_face.layout_json import layout_json
 from s2train.checkpoints.hugging_face.rope_scaling import from_hugging_face, rope_section
@@ -18,6 +18,7 @@ from s2train.checkpoints.hugging_face.tokenizer_files import TOKENIZER
 from s2train.checkpoints.hugging_face.weights import EMBEDDING, OUTPUT, from_llama, llama_shapes, with_rows
 from s2train.checkpoints.integrity import CONFIG, PROGRESS
 from s2train.checkpoints.masks import mask_digests
+from s2train.checkpoints.shards import sharding_metadata
 from s2train.config import (
     DataConfig,
     ImportConfig,

@@ -15,7 +15,8 @@ from rich.table import Table
 from torch import Tensor
 
 from s2train.attention.hyper import HyperKind
-from s2train.checkpoints.folders import find_checkpoint, load_for_inference, read_config
+from s2train.checkpoints.folders import find_checkpoint, read_config
+from s2train.checkpoints.inference_model import load_for_inference
 from s2train.config import ParallelConfig, PretrainConfig
 from s2train.environment.provenance import environment
 from s2train.errors import ConfigError

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from s2train.checkpoints.folders import load_for_inference
+from s2train.checkpoints.inference_model import load_for_inference
 from s2train.config import ParallelConfig
 from s2train.megatron.setup import initialize, shutdown
 
