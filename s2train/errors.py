@@ -17,8 +17,14 @@ STATUS_FILE = "S2TRAIN_STATUS_FILE"
 
 def first_line(error: BaseException) -> str:
     """Format an error's type and the first line of its message."""
+    kind = type(error).__name__
+    return f"{kind}: {message_line(error)}" if str(error).strip() else kind
+
+
+def message_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or else its type."""
     text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def as_typed(value: object) -> str:

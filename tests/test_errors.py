@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from s2train.errors import ConfigError
+from s2train.errors import ConfigError, first_line, message_line
 
 
 @pytest.mark.parametrize(
@@ -28,3 +28,16 @@ def test_a_value_is_spelt_as_on_the_command_line(value: object, typed: str) -> N
     assert str(error) == f"a.b={typed}: can't work. Set another"
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
     assert error.value is value
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "line"),
+    [
+        (ValueError("\nno file\nat all"), "no file", "ValueError: no file"),
+        (ValueError(" "), "ValueError", "ValueError"),
+        (KeyboardInterrupt(), "KeyboardInterrupt", "KeyboardInterrupt"),
+    ],
+)
+def test_an_error_is_described_in_a_line(error: BaseException, message: str, line: str) -> None:
+    assert message_line(error) == message
+    assert first_line(error) == line

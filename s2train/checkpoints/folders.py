@@ -20,7 +20,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from s2train.checkpoints.integrity import CONFIG, PROGRESS, damage, known_problem
 from s2train.command_line.old_names import rename_saved
 from s2train.config import PretrainConfig
-from s2train.errors import ConfigError
+from s2train.errors import ConfigError, message_line
 
 
 @dataclass(frozen=True)
@@ -155,10 +155,9 @@ def read_config(checkpoint: Path, setting: str = "checkpoint") -> PretrainConfig
 
 
 def _unreadable(setting: str, checkpoint: Path, name: str, error: Exception) -> ConfigError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     another = "Another version of s2train wrote it: use that version, or set another checkpoint"
     remedy = remedy_for_damage(checkpoint, setting) if damage(checkpoint) else another
-    return ConfigError(setting, checkpoint, f"its {name} can't be read ({reason})", remedy)
+    return ConfigError(setting, checkpoint, f"its {name} can't be read ({message_line(error)})", remedy)
 
 
 def write_config(cfg: PretrainConfig, path: Path) -> None:

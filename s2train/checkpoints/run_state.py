@@ -35,7 +35,7 @@ from s2train.checkpoints.resume import loads_weights_alone
 from s2train.checkpoints.shards import load_shards, readable_entries, sharding_metadata
 from s2train.config import OptimConfig, PretrainConfig
 from s2train.distributed.agreement import broadcast_from_rank_0, max_over_ranks
-from s2train.errors import ConfigError, TrainingError
+from s2train.errors import ConfigError, TrainingError, message_line
 from s2train.files import replacing, sync
 from s2train.megatron.compat import save_checkpoint_shards
 from s2train.megatron.local_optimizer_state import has_shifted_weights
@@ -222,7 +222,7 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException) and error.failures:
         rank, (cause, _) = next(iter(error.failures.items()))
         return f"rank {rank}: {_reason(cause)}"
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return message_line(error)
 
 
 def load(cfg: PretrainConfig, state: TrainingState, checkpoint: Path, rng_ranks: list[int] | None) -> None:

@@ -11,7 +11,7 @@ from s2train.checkpoints.folders import remedy_for_damage
 from s2train.checkpoints.integrity import damage, later_megatron, later_torch
 from s2train.checkpoints.optimizer_state_conversion import load_without_foreign_extra_state
 from s2train.checkpoints.shard_index import saved_entries
-from s2train.errors import ConfigError
+from s2train.errors import ConfigError, first_line
 
 
 def load_shards(
@@ -28,8 +28,7 @@ def load_shards(
     try:
         return load_without_foreign_extra_state(state, checkpoint, known)
     except (Exception, CheckpointException) as error:  # a missing or truncated file raises many types
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        problem = damage(checkpoint) or f"its shards can't be loaded ({reason})"
+        problem = damage(checkpoint) or f"its shards can't be loaded ({first_line(error)})"
         raise ConfigError(setting, checkpoint, problem, remedy_for_damage(checkpoint, setting)) from error
 
 

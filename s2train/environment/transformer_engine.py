@@ -8,6 +8,7 @@ import torch
 
 from s2train.config import PretrainConfig
 from s2train.environment.hardware import Hardware
+from s2train.errors import message_line
 
 INSTALL = (
     "pip install 'transformer-engine[pytorch]' (it needs CUDA and builds against your torch),"
@@ -28,7 +29,7 @@ def te_problem() -> str | None:
         return f"transformer-engine is installed without its module {error.name}"
     # no CUDA, wrong torch version, missing library
     except (ImportError, RuntimeError, OSError, AttributeError) as error:
-        return f"transformer-engine can't be imported ({_first_line(error)})"
+        return f"transformer-engine can't be imported ({message_line(error)})"
     return None
 
 
@@ -45,7 +46,3 @@ def uses_te(cfg: PretrainConfig, hardware: Hardware) -> bool:
     if cfg.layer_backend == "auto" and cfg.fp8 == "none":
         return hardware.kind == "cuda" and cfg.plan.device is None and uses_te_here("auto")
     return cfg.layer_backend != "local"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
