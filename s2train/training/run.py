@@ -12,7 +12,8 @@ from torch.utils.data import Dataset
 
 from s2train.attention.hybrid import HybridLayout
 from s2train.attention.teacher import teacher_setting
-from s2train.checkpoints.resume import Start, claim_run_dir, find_start
+from s2train.checkpoints.resume import Start, find_start
+from s2train.checkpoints.run_folder import claim_run_dir
 from s2train.checkpoints.run_state import TrainingState, load
 from s2train.checkpoints.teacher import find_teacher, load_teacher, with_teacher
 from s2train.config import PretrainConfig
@@ -88,7 +89,7 @@ def run(cfg: PretrainConfig, plan: Plan, times: StartTimes | None = None, compil
             if (done := start.progress.step) >= cfg.train.last_step:
                 print(f"nothing to do: {start.checkpoint} is at step {done} of {cfg.train.steps}", flush=True)
             else:
-                lock = claim_run_dir(cfg, start)
+                lock = claim_run_dir(cfg, start.checkpoint)
                 choose_mode(cfg.tracking.wandb)  # reject a bad mode now
     times.end("checks")
     minutes = cfg.train.timeout_minutes

@@ -9,9 +9,9 @@ import pytest
 from s2train.attention.block_selection import SCORERS
 from s2train.attention.features import Feature
 from s2train.attention.kind import lacking
+from s2train.checkpoints.architecture import check_same_architecture
 from s2train.checkpoints.folders import write_config
 from s2train.checkpoints.hugging_face import exporting
-from s2train.checkpoints.resume import check_same_architecture
 from s2train.checkpoints.setting_changes import changes_between
 from s2train.config import ExportConfig, PretrainConfig
 from s2train.environment.hardware import Hardware

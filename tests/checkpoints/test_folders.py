@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from s2train.checkpoints.folders import find_checkpoint
-from s2train.checkpoints.resume import free_damaged_name
+from s2train.checkpoints.run_folder import free_damaged_name
 from s2train.checkpoints.run_state import checkpoints_to_remove
 from s2train.errors import ConfigError
 from s2train.files import FolderLock

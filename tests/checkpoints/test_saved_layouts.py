@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from s2train.checkpoints.architecture import check_same_architecture
 from s2train.checkpoints.folders import read_config, write_config
-from s2train.checkpoints.resume import check_same_architecture
 from s2train.checkpoints.setting_changes import changes_between, check_allowed
 from s2train.config import LayoutConfig, ModelConfig, PatternConfig, PretrainConfig, TrainConfig
 from s2train.errors import ConfigError

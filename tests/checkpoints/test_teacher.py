@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from torch.distributed.checkpoint import FileSystemReader
 
+from s2train.checkpoints.architecture import check_same_architecture
 from s2train.checkpoints.folders import write_config
-from s2train.checkpoints.resume import check_same_architecture
 from s2train.checkpoints.setting_changes import changes_between, check_allowed
 from s2train.checkpoints.teacher import find_teacher, with_teacher
 from s2train.config import PretrainConfig

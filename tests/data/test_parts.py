@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from s2train.checkpoints.resume import data_order
+from s2train.checkpoints.data_order import data_order
 from s2train.config import PretrainConfig
 from s2train.data.checks import check_data
 from s2train.data.datasets import build_datasets

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from s2train.checkpoints.resume import check_same_order, data_order
+from s2train.checkpoints.data_order import check_same_order, data_order
 from s2train.errors import ConfigError
 from tests.data_fixtures import write_dataset
 from tests.test_configs import pretrain
