@@ -63,6 +63,26 @@ class Timing:
 
 
 def _cases() -> list[Case]:
+    return [
+        *_general_cases(),
+        *_hopper_cases(),
+        *_uneven_cases(),
+        *_one_pass_cases(),
+        *_run_time_cases(),
+        *_cases_of_128_queries(),
+        *_split_cases(),
+        *_second_pair_cases(),
+        *_long_cases(),
+        Case("packed, 200 documents, MQA, Hopper", documents=(3, 40, 0, 17, 5) * 40, kv_heads=1, hopper_forward=True),
+        Case("GQA 16/4 block 64, 3000 rows", heads=16, kv_heads=4, s_q=3000, keep=0.2),
+        Case("large gradients, float16", dtype="float16", block=128, dout_scale=100.0),
+        Case("deterministic", deterministic=True, block=128),
+        Case("aligned offset beyond keys", query_offset=384, s_k=250),
+        Case("3 of 33 blocks, MQA", keep=0.1, block=128, s_q=4200, kv_heads=1),
+    ]
+
+
+def _general_cases() -> list[Case]:
     cases = [
         Case(f"{dtype} block {block} d {dim}", dtype=dtype, block=block, dim=dim)
         for dtype, block, dim in (
@@ -103,7 +123,12 @@ def _cases() -> list[Case]:
         Case("mostly empty rows", keep=0.05, block=32),
         Case("d 128, v 64", v_dim=64),
     ]
-    # Hopper's kernels where available: features that the cases above don't cover
+    return cases
+
+
+def _hopper_cases() -> list[Case]:
+    """Hopper's kernels where available: features that general cases don't cover."""
+    cases = []
     for block in (64, 128, 256):
         name = f"block {block}"
         cases += [
@@ -132,7 +157,12 @@ def _cases() -> list[Case]:
             Case(f"gradient of lse alone, {name}", gradients="lse", block=block),
             Case(f"fused q, k, v, {name}", fused=True, kv_heads=8, batch=2, block=block),
         ]
-    # tiles that start before the first row, or extend into the next document
+    return cases
+
+
+def _uneven_cases() -> list[Case]:
+    """Tiles that start before the first row, or reach another document."""
+    cases = []
     uneven = (0, 300, 1, 0, 129, 128, 64, 400, 127, 0)
     for block in (64, 128, 256):
         for offset in (1, 65, 300, 777):
@@ -153,7 +183,12 @@ def _cases() -> list[Case]:
             Case(f"packed, float16, d 80, all kept, block {block}, Hopper", documents=uneven, dtype="float16", dim=80,
                  keep=1.0, block=block, hopper_forward=True),
         ]  # fmt: skip
-    # the one-pass backward: its dtypes, dimensions and documents
+    return cases
+
+
+def _one_pass_cases() -> list[Case]:
+    """The one-pass backward: its dtypes, dimensions and documents."""
+    cases = []
     for block in (64, 128, 256):
         name = f"block {block}"
         cases += [
@@ -175,20 +210,7 @@ def _cases() -> list[Case]:
             Case(f"packed, one token each, {name}", documents=(1,) * 70, block=block),
             Case(f"packed, fused q, k, v, {name}", documents=(450, 301), fused=True, kv_heads=8, block=block),
         ]
-    return [
-        *cases,
-        *_run_time_cases(),
-        *_cases_of_128_queries(),
-        *_split_cases(),
-        *_second_pair_cases(),
-        *_long_cases(),
-        Case("packed, 200 documents, MQA, Hopper", documents=(3, 40, 0, 17, 5) * 40, kv_heads=1, hopper_forward=True),
-        Case("GQA 16/4 block 64, 3000 rows", heads=16, kv_heads=4, s_q=3000, keep=0.2),
-        Case("large gradients, float16", dtype="float16", block=128, dout_scale=100.0),
-        Case("deterministic", deterministic=True, block=128),
-        Case("aligned offset beyond keys", query_offset=384, s_k=250),
-        Case("3 of 33 blocks, MQA", keep=0.1, block=128, s_q=4200, kv_heads=1),
-    ]
+    return cases
 
 
 def _run_time_cases() -> list[Case]:
