@@ -35,12 +35,31 @@ from s2train.training.optimizer import squared_gradient_norm, take_step, up_to_d
 from s2train.training.peak_memory import PEAK_STEPS, report_peak
 from s2train.training.profile import StepProfiler
 from s2train.training.profile_table import DATA, OPTIMIZER, RANGE
-from s2train.training.signals import StopSignals, signal_name
-from s2train.training.start_times import StartTimes
+from s2train.training.rank_process import RankProcess
+from s2train.training.signals import signal_name
 from s2train.training.steps import run_step
-from s2train.training.watchdog import Watchdog
 
 NO_TOKEN = "no token counts in the loss: all labels are -1"
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What a training step reports, the same on every rank.
+
+    Attributes:
+        grad_norm: before clipping.
+        lr: learning rate of the step.
+        signal: that any rank received; 0 means none.
+        is_writing: whether any rank still writes a save in the background.
+        auxiliary: `AuxiliaryLosses.means`.
+    """
+
+    loss: float
+    grad_norm: float
+    lr: float
+    signal: int
+    is_writing: bool
+    auxiliary: dict[str, float]
 
 
 @dataclass
@@ -77,33 +96,12 @@ class Interval:
         self.paused += time.perf_counter() - began
 
 
-@dataclass(frozen=True)
-class StepOutcome:
-    """What a training step reports, the same on every rank.
-
-    Attributes:
-        grad_norm: before clipping.
-        lr: learning rate of the step.
-        signal: that any rank received; 0 means none.
-        is_writing: whether any rank still writes a save in the background.
-        auxiliary: `AuxiliaryLosses.means`.
-    """
-
-    loss: float
-    grad_norm: float
-    lr: float
-    signal: int
-    is_writing: bool
-    auxiliary: dict[str, float]
-
-
 class Trainer:
     """Runs steps, evaluates, reports and saves.
 
     Args:
         held_out_set: None: no evaluation.
         timers: Megatron's, logged if `tracking.timing` is set.
-        times: of the start, which ends with the first step.
         after_first_step: called once.
         teacher: of the layers that learn from one.
     """
@@ -115,21 +113,17 @@ class Trainer:
         state: TrainingState,
         train_set: Dataset,
         held_out_set: Dataset | None,
-        device: torch.device,
+        process: RankProcess,
         *,
         tracker: Tracker,
         timers: Timers,
-        signals: StopSignals,
-        watchdog: Watchdog,
-        times: StartTimes,
         after_first_step: Callable[[], None],
         auxiliary: AuxiliaryLosses,
         teacher: Teacher | None = None,
     ) -> None:
-        self.cfg, self.plan, self.state, self.tracker, self.device = cfg, plan, state, tracker, device
+        self.cfg, self.plan, self.state, self.process, self.tracker = cfg, plan, state, process, tracker
         self.train_set, self.held_out_set, self.timers = train_set, held_out_set, timers
-        self.signals, self.watchdog, self.times, self.auxiliary = signals, watchdog, times, auxiliary
-        self.after_first_step, self.teacher = after_first_step, teacher
+        self.after_first_step, self.auxiliary, self.teacher = after_first_step, auxiliary, teacher
         self.loss_history = LossHistory()
         self.frozen = FrozenTrunk(state.chunks, cfg.train.freeze_trunk_steps)
         self.saver = Saver(cfg, state, tracker.checkpoint)
@@ -156,7 +150,7 @@ class Trainer:
         profiler = StepProfiler(cfg, self.state.chunks, self.tracker)
         is_save_due = False
         for step in range(first, last + 1):
-            self.watchdog.beat(f"step {step}")
+            self.process.watchdog.beat(f"step {step}")
             before, size = size, batch_size(cfg.train, consumed)
             if size != before:
                 self._report_growth(step, before, size)
@@ -197,7 +191,7 @@ class Trainer:
             if is_stopping and not is_last:
                 self.saver.close()
                 raise StoppedBySignal(signal_name(done.signal), step, saved)
-        self.watchdog.beat("the last save")
+        self.process.watchdog.beat("the last save")
         self.saver.close()
         return saved
 
@@ -208,9 +202,9 @@ class Trainer:
 
     def _report_start(self, step: int) -> None:
         """Log times up to the first step, and the kernels used."""
-        self.times.end("first step")
-        self.tracker.note(f"step {step} done after {self.times}")
-        self.tracker.first_step(self.times.seconds)
+        self.process.times.end("first step")
+        self.tracker.note(f"step {step} done after {self.process.times}")
+        self.tracker.first_step(self.process.times.seconds)
         self.after_first_step()
         for kernels in kernels_of(self.state.chunks):
             self.tracker.note(kernels)
@@ -223,7 +217,7 @@ class Trainer:
         """
         if self.held_out_set is None:
             return None
-        self.watchdog.beat(f"evaluation after step {step}")
+        self.process.watchdog.beat(f"evaluation after step {step}")
         cfg, chunks = self.cfg, self.state.chunks
         count, edges = cfg.evaluation.batches, position_edges(cfg.train.seq_length)
         size = cfg.train.global_batch_size
@@ -307,7 +301,7 @@ class Trainer:
             Float64 [3].
         """
         is_bad = ~results.isfinite().all(dim=0, keepdim=True)
-        own = (results.new_full((1,), value) for value in (self.signals.received, self.saver.is_writing()))
+        own = (results.new_full((1,), value) for value in (self.process.signals.received, self.saver.is_writing()))
         return take_maximum(torch.cat([is_bad.double(), *own]))
 
     def _skip(self, step: int, loss: float, reason: str, consumed: int, size: int) -> None:
@@ -337,7 +331,9 @@ class Trainer:
 
         Under a virtual pipeline, both the first and the last chunk need the batch.
         """
-        return [EarlyBatches(micro_batches(self.cfg, dataset, start, stop, self.device)) for _ in self.state.chunks]
+        return [
+            EarlyBatches(micro_batches(self.cfg, dataset, start, stop, self.process.device)) for _ in self.state.chunks
+        ]
 
     def _metrics(
         self,
@@ -376,7 +372,7 @@ class Trainer:
         )
 
     def _save(self, progress: Progress, interval: Interval) -> Path:
-        self.watchdog.beat(f"save after step {progress.step}")
+        self.process.watchdog.beat(f"save after step {progress.step}")
         progress = replace(
             progress,
             losses=list(interval.losses),  # copies, since a background save writes them later

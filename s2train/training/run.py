@@ -39,6 +39,7 @@ from s2train.training.layout_picture import LayoutPicture, check_matplotlib
 from s2train.training.loop import Trainer
 from s2train.training.metrics import Tracker
 from s2train.training.optimizer import build_optimizer, wrap_data_parallel
+from s2train.training.rank_process import RankProcess
 from s2train.training.run_report import describe_run, report_end, report_start
 from s2train.training.signals import StopSignals
 from s2train.training.start_times import StartTimes
@@ -111,7 +112,8 @@ def run(cfg: PretrainConfig, plan: Plan, times: StartTimes | None = None, compil
         if start.progress.step < cfg.train.last_step:
             try:
                 with Watchdog(minutes).watching() as watchdog:
-                    _train(cfg, plan, backend, tokenizer, start, device, signals, watchdog, times, compilers)
+                    process = RankProcess(device, signals, watchdog, times)
+                    _train(cfg, plan, backend, tokenizer, start, process, compilers)
             except (StoppedBySignal, DivergedError) as raised:  # on all ranks
                 stop = raised
         setup.shutdown()
@@ -127,22 +129,15 @@ def _train(
     backend: Backend,
     tokenizer: Tokenizer,
     start: Start,
-    device: torch.device,
-    signals: StopSignals,
-    watchdog: Watchdog,
-    times: StartTimes,
+    process: RankProcess,
     compilers: Compilers | None,
 ) -> None:
     hybrid = hybrid_layout(cfg)
+    device, watchdog, times = process.device, process.watchdog, process.times
     is_first = torch.distributed.get_rank() == 0
     if is_first:
         Thread(target=git_commit, name="commit", daemon=True).start()  # cached for the tracker
-    watchdog.beat("compiling the kernels")
-    if compilers is not None:
-        say(compilers.wait())
-        times.end("compilers")
-    run_once_per_machine(partial(_compile, cfg, hybrid, plan.hardware, device))
-    times.end("kernels")
+    _prepare_kernels(cfg, plan, hybrid, process, compilers)
     timers = Timers(log_level=cfg.tracking.timing, log_option="minmax")
     models, state = _build(cfg, plan, hybrid, backend, start, device, timers)
     times.end("model")
@@ -178,12 +173,9 @@ def _train(
         state,
         train_set,
         held_out_set,
-        device,
+        process,
         tracker=tracker,
         timers=timers,
-        signals=signals,
-        watchdog=watchdog,
-        times=times,
         after_first_step=picture.start,
         auxiliary=AuxiliaryLosses(cfg, hybrid, state.chunks, state.optimizer.scale_loss),
         teacher=teacher,
@@ -197,6 +189,18 @@ def _train(
     if is_first and (curve := report_end(cfg, saved, picture.path)) is not None:
         tracker.picture("train/loss_curve", curve)
     tracker.close()
+
+
+def _prepare_kernels(
+    cfg: PretrainConfig, plan: Plan, hybrid: HybridLayout, process: RankProcess, compilers: Compilers | None
+) -> None:
+    """Wait for the kernels' compilers, and compile what they left."""
+    process.watchdog.beat("compiling the kernels")
+    if compilers is not None:
+        say(compilers.wait())
+        process.times.end("compilers")
+    run_once_per_machine(partial(_compile, cfg, hybrid, plan.hardware, process.device))
+    process.times.end("kernels")
 
 
 def _compile(cfg: PretrainConfig, hybrid: HybridLayout, hardware: Hardware, device: torch.device) -> None:
