@@ -82,10 +82,14 @@ class Interval:
     paused: float = 0.0
     timed_from: int | None = None
 
-    def take_step(self, loss: float, auxiliary: dict[str, float]) -> None:
-        """Count the losses of a step that changed the weights."""
-        self.losses.append(loss)
-        for name, value in auxiliary.items():
+    def count(self, done: StepOutcome, samples: int, *, is_skipped: bool) -> None:
+        """Count a step; its losses only if it changed the weights."""
+        self.steps += 1
+        self.samples += samples
+        if is_skipped:
+            return
+        self.losses.append(done.loss)
+        for name, value in done.auxiliary.items():
             self.auxiliary.setdefault(name, []).append(value)
 
     @contextmanager
@@ -158,10 +162,7 @@ class Trainer:
                 done = self._step(batches, step, consumed, size)
             interval.paused += profiler.pause_s()
             consumed += size
-            interval.steps += 1
-            interval.samples += size
-            if not self.loss_history.skipped_in_row:
-                interval.take_step(done.loss, done.auxiliary)
+            interval.count(done, size, is_skipped=bool(self.loss_history.skipped_in_row))
             if step == first:
                 self._report_start(step)
             has_state = step > first or progress.step > 0  # Adam's state exists
@@ -173,10 +174,7 @@ class Trainer:
             is_due = self._is_due(step)
             if is_due or is_last or is_stopping:
                 self.tracker.report(self._metrics(step, stop, consumed, interval, done, held_out))
-                if cfg.tracking.timing:
-                    # Megatron matches times by place, and ranks of a pipeline have different timers.
-                    names = union_over_ranks(self.timers._timers)
-                    self.tracker.note(self.timers.get_all_timers_string(names, normalizer=interval.steps))
+                self._report_timers(interval.steps)
             if is_due:  # a report at an early end is extra: an uninterrupted run has none here
                 interval = Interval()
             is_save_due |= step % cfg.checkpoint.interval == 0
@@ -208,6 +206,13 @@ class Trainer:
         self.after_first_step()
         for kernels in kernels_of(self.state.chunks):
             self.tracker.note(kernels)
+
+    def _report_timers(self, steps: int) -> None:
+        """Log Megatron's times per step, if they are asked for; collective."""
+        if self.cfg.tracking.timing:
+            # Megatron matches times by place, and ranks of a pipeline have different timers.
+            names = union_over_ranks(self.timers._timers)
+            self.tracker.note(self.timers.get_all_timers_string(names, normalizer=steps))
 
     def _held_out_loss(self, step: int) -> HeldOut | None:
         """Compute the loss over the first `evaluation.batches` held-out global batches.
