@@ -54,7 +54,7 @@ def set_rng(states: dict[str, Any]) -> None:
     np.random.set_state(states["numpy"])  # noqa: NPY002
     torch.set_rng_state(states["torch"])
     if states["cuda"].shape != torch.cuda.get_rng_state().shape:
-        warn("the checkpoint is another device's: random number generators of the device start anew")
+        warn("the checkpoint is another device's: the device's random number generators aren't restored")
         return
     torch.cuda.set_rng_state(states["cuda"])
     tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])

@@ -53,7 +53,7 @@ def test_a_checkpoint_of_a_later_torch_is_rejected_as_such_and_not_as_damaged(
         load_shards({}, tmp_path)
 
 
-def test_generators_of_another_device_start_anew_with_a_warning(
+def test_generators_of_another_device_are_not_restored_with_a_warning(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_rng_state", torch.get_rng_state)  # as on a CPU, see s2train.megatron.cpu
