@@ -27,7 +27,7 @@ from s2train.megatron.layout_cache import LayoutCache
 from s2train.megatron.overlapped_linear import overlap_communication
 from s2train.megatron.peer_exchange import tensor_parallel_exchange
 from s2train.megatron.rope_scaling import scale_rotation, set_temperature
-from s2train.megatron.specs import block_spec
+from s2train.megatron.specs import CoreSettings, block_spec
 
 # Megatron's names of `train.recompute`.
 _GRANULARITY = {"none": None, "selective": "selective", "mlp": "selective", "full": "full"}
@@ -116,7 +116,8 @@ def build_model(
     """
     if config.gradient_accumulation_fusion:
         replace_apex()
-    cache, make_model, scaling = LayoutCache(), model_class(cfg), cfg.model.rope_scaling
+    core = CoreSettings(hybrid.num_query_groups, LayoutCache(), cfg.attention_backend, cfg.seed)
+    make_model, scaling = model_class(cfg), cfg.model.rope_scaling
     exchanges = [
         exchange_mode(layer, hybrid.num_query_groups, cfg.train.seq_length, cfg.parallel) for layer in hybrid.layers
     ]
@@ -126,9 +127,7 @@ def build_model(
         where = {} if stage is None else {"ignore_virtual": False, "vp_stage": stage}
         chunk = make_model(
             config=config,
-            transformer_layer_spec=block_spec(
-                config, hybrid, backend, cache, cfg.attention_backend, exchanges, cfg.seed, stage
-            ),
+            transformer_layer_spec=block_spec(config, hybrid, backend, core, exchanges, stage),
             vocab_size=cfg.model.vocab_size,
             max_sequence_length=cfg.train.seq_length,
             pre_process=parallel_state.is_pipeline_first_stage(**where),

@@ -1,6 +1,7 @@
 """Megatron's layer specs for the hybrid layout of one pipeline stage."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import import_module
 
 from megatron.core.transformer.attention import SelfAttention
@@ -18,6 +19,16 @@ from s2train.megatron.layout_cache import LayoutCache
 from s2train.megatron.shared_kv_heads import KVSharingSelfAttention
 
 
+@dataclass(frozen=True)
+class CoreSettings:
+    """Arguments of `CausalCoreAttention` that all layers of a model share."""
+
+    num_query_groups: int
+    cache: LayoutCache
+    backend: str
+    seed: int
+
+
 def core_attention_class(kind: AttentionKind) -> type[CausalCoreAttention]:
     """Import the core attention that a kind names."""
     module, _, name = kind.core_attention.partition(":")
@@ -26,14 +37,7 @@ def core_attention_class(kind: AttentionKind) -> type[CausalCoreAttention]:
 
 
 def layer_spec(
-    layer: LayerLayout,
-    layer_number: int,
-    num_query_groups: int,
-    backend: Backend,
-    cache: LayoutCache,
-    attention_backend: str,
-    cp_exchange: str,
-    seed: int,
+    layer: LayerLayout, layer_number: int, backend: Backend, core: CoreSettings, cp_exchange: str
 ) -> ModuleSpec:
     """Make the spec of one layer.
 
@@ -45,14 +49,7 @@ def layer_spec(
     spec.params = {**(spec.params or {}), **own}
     spec.submodules.self_attention.submodules.core_attention = ModuleSpec(
         module=core_attention_class(layer.kind),
-        params={
-            "layer_layout": layer,
-            "num_query_groups": num_query_groups,
-            "cache": cache,
-            "backend": attention_backend,
-            "cp_exchange": cp_exchange,
-            "seed": seed,
-        },
+        params={"layer_layout": layer, "cp_exchange": cp_exchange, **vars(core)},
     )
     return spec
 
@@ -67,22 +64,15 @@ def block_spec(
     config: TransformerConfig,
     hybrid: HybridLayout,
     backend: Backend,
-    cache: LayoutCache,
-    attention_backend: str,
+    core: CoreSettings,
     cp_exchanges: Sequence[str],
-    seed: int,
     vp_stage: int | None = None,
 ) -> TransformerBlockSubmodules:
     """Make the specs of this stage's layers.
 
     `cp_exchanges` has one mode for each of the model's layers.
     """
-    specs = [
-        layer_spec(
-            hybrid.layers[i], i + 1, hybrid.num_query_groups, backend, cache, attention_backend, cp_exchanges[i], seed
-        )
-        for i in layer_ids(config, vp_stage)
-    ]
+    specs = [layer_spec(hybrid.layers[i], i + 1, backend, core, cp_exchanges[i]) for i in layer_ids(config, vp_stage)]
     if config.tensor_model_parallel_size > hybrid.num_query_groups:
         for attention in (spec.submodules.self_attention for spec in specs):
             if attention.module is SelfAttention:
