@@ -26,6 +26,7 @@ from s2train.errors import ConfigError
 CONF = Path(__file__).parents[2] / "conf"
 _PLAN = re.compile(r"^plan=(?!\{)")
 _SPLIT = re.compile(r"^(\+{0,2}data\.split=)([\d., ]*,[\d., ]*)$")
+_PAIRS = ("profile.steps", "needles.share", "needles.facts")  # lists of a first and a last, or a least and a most
 _IN_BRACES = re.compile(r"[A-Za-z_]\w*:")
 _OPTIONS_WITH_VALUES = (
     *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p", "--cfg", "-c"),
@@ -274,7 +275,8 @@ def _shorten_message(
             kind = type_of(key, schema)
             remedy = what_it_takes(value, kind)
             if str(kind).startswith("list[") and not value.startswith("["):
-                remedy = f"Write a list: '{key}=[{value}]'."
+                listed = f"{value},{value}" if key in _PAIRS else value
+                remedy = f"Write a list: '{key}=[{listed}]'."
             if dataclasses.is_dataclass(kind):
                 remedy = one_of_section(key, kind)
             return str(ConfigError(key, value, cause, remedy))
