@@ -42,6 +42,7 @@ from s2train.study.plan import plan_table
 from s2train.study.report import write_report
 from s2train.study.results import check_same_gpus, save_result
 from s2train.study.settings import (
+    SET_IN_EVALUATION,
     Recipe,
     check_given,
     corpus_command,
@@ -57,7 +58,6 @@ from s2train.sweeps.jobs import changed_setting
 
 ACTIONS = ("data", "sweep", "speed", "plan", "train", "evaluate", "report")
 OF_VARIANTS = ("speed", "train", "evaluate")
-SET_BY_STUDY = ("checkpoint", "output", "task", "text")  # in `evaluate`
 
 
 def make_documents(folders: Folders, run: Run, recipe: Recipe, deadline: Deadline) -> None:
@@ -230,8 +230,7 @@ def evaluate(folders: Folders, run: Run, settings: Sequence[str], deadline: Dead
         ConfigError: the run is not trained, or a setting is the study's.
     """
     for name, _, value in (setting.partition("=") for setting in settings):
-        if name.lstrip("+") in SET_BY_STUDY:
-            # Another task or folder would join cells of an earlier evaluation, with other settings, to the result.
+        if name.lstrip("+") in SET_IN_EVALUATION:
             problem = "the study sets it, and reads the results from there"
             remedy = "Leave it out; for other tasks or checkpoints run launch/needle.py or launch/probes.py"
             raise ConfigError(name, value, problem, remedy)

@@ -17,7 +17,7 @@ HELD_OUT_TOKENS = 1 << 20  # of each evaluation
 MICRO_BATCH_TOKENS = 1 << 16  # that go through a GPU at once: its kernels then hide the host's work; 41 of 80 GiB
 _NEW_ORDER = 1000  # added to the seed of a run that starts from another's weights: it then reads in another order
 # of launch/pretrain.py, by which runs are named, found and compared
-SET_BY_STUDY = (
+SET_IN_TRAINING = (
     "run_dir",
     "seed",
     "data.path",
@@ -36,6 +36,8 @@ SET_BY_STUDY = (
     "checkpoint.weights_only",
     "checkpoint.new_data",
 )
+# of launch/probes.py and launch/needle.py: others would join cells of an evaluation with other settings to a result
+SET_IN_EVALUATION = ("checkpoint", "output", "task", "text")
 PROBED = (1024, 4096, 16384, 32768, 65536)  # lengths of the probes, up to the trained one
 
 
@@ -133,14 +135,14 @@ def check_given(own: Sequence[str], given: Sequence[str]) -> None:
         own: the study's settings of the run.
         given: further ones.
     Raises:
-        ConfigError: one changes the attention or a setting of `SET_BY_STUDY`, or leaves out the held-out loss.
+        ConfigError: one changes the attention or a setting of `SET_IN_TRAINING`, or leaves out the held-out loss.
         hydra.errors.HydraException: the settings don't compose.
     """
     if not given:
         return
     before, now = (dict(settings_by_name(asdict(compose_run(words)))) for words in (own, [*own, *given]))
     for name in before | now:
-        is_fixed = name in SET_BY_STUDY or name.startswith(("layout.", "schedule."))
+        is_fixed = name in SET_IN_TRAINING or name.startswith(("layout.", "schedule."))
         if is_fixed and now.get(name) != before.get(name):
             problem = "the study sets it, and runs are compared by it"
             raise ConfigError(name, now.get(name), problem, "Leave it out; for another run start launch/pretrain.py")
