@@ -40,7 +40,7 @@ from s2train.study.files import Folders, check_corpus, check_data, check_held_ou
 from s2train.study.needles import needle_command, save_needles
 from s2train.study.plan import plan_table
 from s2train.study.report import write_report
-from s2train.study.results import check_same_gpus, save_result
+from s2train.study.results import check_same_gpus, note_sharing, save_result, was_shared
 from s2train.study.settings import (
     SET_IN_EVALUATION,
     Recipe,
@@ -178,7 +178,7 @@ def train(
     The run that it starts from must be trained first.
 
     Args:
-        shared_gpu: whether other programs run on its GPU.
+        shared_gpu: whether other programs run on its GPU. A run that began so counts as shared ever after.
     Raises:
         ConfigError: data or the earlier run are missing, a setting is the study's, or the run was trained with other
             settings or on another number of GPUs.
@@ -198,11 +198,13 @@ def train(
             problem = f"{run.name} starts from {start}, and only {others[-1].name} is there"
             remedy += ", or set the --batch-tokens that it was trained with"
         raise ConfigError("phase", run.phase, problem, remedy)
+    shared_gpu = shared_gpu or was_shared(folders, run)
     if not shared_gpu:
         check_same_gpus(folders, run, gpus)
     checkpoint = last_checkpoint(folders, run, recipe)
     if not checkpoint.is_dir() or damage(checkpoint):
         make_documents(folders, run, recipe, deadline)
+        note_sharing(folders, run, shared_gpu)
         deadline.run(train_command(folders, own, gpus), folders.root / "programs.jsonl")
     elif (before := changed_setting(folders.run(run), compose_run(own))) is not None:
         remedy = "Give the settings that it was trained with, or move the folder away"

@@ -16,7 +16,7 @@ class Folders:
 
     ROOT/corpus/                  train.jsonl, held-out.jsonl, corpus.json
     ROOT/data/                    tokenized splits, the tokenizer, corpus.json of the split they were made of
-    ROOT/runs/RUN/                run folders
+    ROOT/runs/RUN/                run folders; shared-gpu: there if other programs ran on the GPU of one of its starts
     ROOT/results/RUN.json         results of training; RUN-probes.json: of the probes; RUN-needles.json: of needle
                                   tasks; sweep.json: what the sweep chose; speed.json: throughput of first steps
     """
@@ -69,6 +69,9 @@ class Folders:
 
     def run(self, run: Run) -> Path:
         return self.root / "runs" / run.name
+
+    def shared_gpu(self, run: Run) -> Path:
+        return self.run(run) / "shared-gpu"
 
     def result(self, run: Run) -> Path:
         return self.results / f"{run.name}.json"

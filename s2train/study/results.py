@@ -56,6 +56,21 @@ class Result:
         return self.held_out[-1][2]
 
 
+def was_shared(folders: Folders, run: Run) -> bool:
+    """Whether a start that a run resumes shared its GPU."""
+    return folders.shared_gpu(run).is_file() and _has_begun(folders, run)
+
+
+def note_sharing(folders: Folders, run: Run, is_shared: bool) -> None:
+    """Note in a run's folder whether other programs run on its GPU."""
+    note = folders.shared_gpu(run)
+    if is_shared:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.touch()
+    else:
+        note.unlink(missing_ok=True)
+
+
 def check_same_gpus(folders: Folders, run: Run, gpus: int) -> None:
     """Check that a run began on this number of GPUs.
 
@@ -64,16 +79,20 @@ def check_same_gpus(folders: Folders, run: Run, gpus: int) -> None:
     Raises:
         ConfigError: its checkpoints are of another number.
     """
-    folder = folders.run(run)
-    metrics = folder / "metrics.jsonl"
-    if not metrics.is_file() or not any((folder / "checkpoints").glob("iter_*")):
-        return  # it begins from step 1
-    for record in read_records(metrics):
+    if not _has_begun(folders, run):
+        return
+    for record in read_records(folders.run(run) / "metrics.jsonl"):
         # files from before it was recorded lack it
         if record.get("event") == "config" and (before := record.get("processes", gpus)) != gpus:
             problem = f"{run.name} was trained on {before} GPUs, and its times would be of both numbers"
             remedy = f"Name {before} devices, or add --shared-gpu, which leaves its times out"
             raise ConfigError("--gpu", f"{gpus} devices", problem, remedy)
+
+
+def _has_begun(folders: Folders, run: Run) -> bool:
+    """Whether a run has a checkpoint to resume from, with its metrics."""
+    folder = folders.run(run)
+    return (folder / "metrics.jsonl").is_file() and any((folder / "checkpoints").glob("iter_*"))
 
 
 def save_result(

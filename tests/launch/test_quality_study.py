@@ -251,6 +251,35 @@ def test_a_trained_run_is_not_recorded_under_another_recipe_or_number_of_gpus(
     assert json.loads(folders.result(trained).read_text())["recipe"]["lr"] == recipe.lr
 
 
+@pytest.mark.parametrize(("first_is_saved", "is_shared"), [(True, True), (False, False)])
+def test_a_run_that_resumes_a_start_on_a_shared_gpu_counts_as_shared(
+    first_is_saved: bool, is_shared: bool, study: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("check_data", "damage"):
+        monkeypatch.setitem(study["train"].__globals__, name, lambda _: None)
+    folders, trained, recipe = Folders(tmp_path, ROOT / "launch"), Run("dense"), Recipe(1e-3, 1 << 17)
+    last = study["last_checkpoint"](folders, trained, recipe)
+    times = {"step_time_s": 1.0, "tokens_per_s": 1.0, "model_tflops": 1.0, "memory_gib": 1.0}
+    report = {"step": 1, "loss": 1.0, "held_out_loss": 2.0, "held_out_loss_by_position": [], "consumed_tokens": 1}
+
+    class Interrupted:
+        def run(self, command: list[str], record: Path) -> None:
+            folders.run(trained).mkdir(parents=True, exist_ok=True)
+            if first_is_saved:
+                last.with_name("iter_0000001").mkdir(parents=True)
+            (folders.run(trained) / "metrics.jsonl").write_text(json.dumps(report | times))
+            raise SystemExit
+
+    class Finished:
+        def run(self, command: list[str], record: Path) -> None:
+            last.mkdir(parents=True)
+
+    with pytest.raises(SystemExit):
+        study["train"](folders, trained, recipe, 1, [], Interrupted(), shared_gpu=True)
+    study["train"](folders, trained, recipe, 1, [], Finished())
+    assert json.loads(folders.result(trained).read_text())["shared_gpu"] == is_shared
+
+
 def test_runs_that_start_together_make_their_documents_once(study: dict[str, Any], tmp_path: Path) -> None:
     folders, made = Folders(tmp_path, ROOT / "launch"), list[str]()
     folders.data.mkdir()
