@@ -19,6 +19,7 @@ from s2train.checkpoints.folders import find_checkpoint, read_config, read_progr
 from s2train.command_line.layout_files import PREFIX
 from s2train.command_line.overrides import quoted
 from s2train.comparison.claims import claim
+from s2train.comparison.runs import summarize
 from s2train.config import PlanConfig, PretrainConfig
 from s2train.environment.provenance import environment
 from s2train.errors import ConfigError
@@ -249,7 +250,7 @@ def record(study: Study, run: Continuation) -> dict[str, Any]:
         "last_loss": statistics.fmean(losses[-max(1, len(losses) // 10) :]),
         "held_out_loss": last["held_out_loss"],
         "held_out_long": last.get("held_out_long"),
-        "step_time_s": statistics.median(report["step_time_s"] for report in reports.values()),
+        "step_time_s": summarize(run_folder(study, run)).step_time_s,
         "lr": last["lr"],
         "losses": losses,
     }

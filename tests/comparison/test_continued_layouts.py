@@ -1,6 +1,7 @@
 """Runs that continue a dense checkpoint: their settings, claims and results; the program is run on a tiny model."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,11 +117,15 @@ def test_the_dense_runs_learning_rate_schedule_goes_on(
 def finish(study: Study, run: Continuation, held_out: float, steps: int = 14) -> None:
     folder = continued.run_folder(study, run)
     folder.mkdir(parents=True)
+    rates = {"tokens_per_s": 1.0, "model_tflops": 1.0, "memory_gib": 1.0}
     records: list[dict[str, Any]] = [
-        {"step": step, "loss": 5.0 - step / 10, "step_time_s": 0.5, "lr": 1e-4} for step in range(11, steps + 1)
+        {"step": step, "loss": 5.0 - step / 10, "step_time_s": 0.5, "lr": 1e-4, **rates}
+        for step in range(11, steps + 1)
     ]
+    records[0]["step_time_s"] = 60.0  # compiles
     records[-1]["held_out_loss"] = held_out
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    begun = {"event": "config"}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in (begun, *records)))
 
 
 def test_a_finished_run_is_recorded_and_not_due_again(study: Study) -> None:
@@ -137,6 +142,12 @@ def test_a_finished_run_is_recorded_and_not_due_again(study: Study) -> None:
     with continued.claimed(study, squared) as is_due:
         assert is_due
         assert not continued.is_trained(study, squared)
+
+
+def test_a_recorded_step_time_is_without_the_start(study: Study) -> None:
+    (dense,) = continuations(study, [0.25], [], 1)
+    finish(study, dense, 3.0, steps=study.first + 2)
+    assert continued.record(replace(study, steps=2), dense)["step_time_s"] == 0.5
 
 
 def test_a_run_that_another_process_has_is_not_due(study: Study) -> None:
