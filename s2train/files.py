@@ -2,12 +2,14 @@
 
 import fcntl
 import json
+import math
 import os
 from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
 from s2train.errors import ConfigError
 
@@ -25,6 +27,18 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def without_nan(content: Any) -> Any:
+    """Return `content` with None for each number that is not finite.
+
+    JSON has no NaN and no infinity, and any JSON parser must be able to read a diverged run's files.
+    """
+    if isinstance(content, dict):
+        return {name: without_nan(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def write_json(path: Path, content: object) -> None:

@@ -20,7 +20,7 @@ from s2train.evaluation.request import Request, TextToScore, read_request
 from s2train.evaluation.scoring import Scorer
 from s2train.evaluation.tasks import load_tasks, run_tasks
 from s2train.evaluation.text_loss import measure
-from s2train.files import replacing
+from s2train.files import replacing, without_nan
 from s2train.inference.page_pool import OutOfPagesError
 from s2train.megatron.model import unwrap
 from s2train.megatron.setup import initialize, shutdown
@@ -64,7 +64,7 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
     }
     if is_first:
         with replacing(request.output) as temporary:
-            temporary.write_text(json.dumps(content, indent=1, default=str) + "\n")
+            temporary.write_text(json.dumps(without_nan(content), indent=1, default=str) + "\n")
         print(report(content), f"results in {request.output}", sep="\n", flush=True)
     if mode != "disabled":
         print(f"wandb run {log_figures(content, loaded.path, request.trained.config, mode)}", flush=True)

@@ -1,7 +1,6 @@
 """Reports metrics on the console, in metrics.jsonl and in wandb."""
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -17,7 +16,7 @@ from s2train.config import PretrainConfig
 from s2train.distributed.ranks import world_size
 from s2train.environment.imports import imported_modules
 from s2train.environment.versions import git_commit, versions
-from s2train.files import set_aside
+from s2train.files import set_aside, without_nan
 from s2train.training.auxiliary_losses import column_means, layer_values
 from s2train.training.records import read_records
 from s2train.training.tensorboard import TensorBoard
@@ -282,7 +281,5 @@ class Tracker:
 
     def _write(self, values: dict[str, object]) -> None:
         if self._active:
-            # JSON has no NaN, and any JSON parser must be able to read a diverged run's file.
-            clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
             now = datetime.now(UTC).isoformat(timespec="milliseconds")
-            self._file.write(json.dumps({"time": now, **clean}) + "\n")
+            self._file.write(json.dumps({"time": now, **without_nan(values)}) + "\n")

@@ -87,6 +87,22 @@ def test_two_processes_measure_the_same(
         assert found["tokens"] == expected["tokens"]
 
 
+def test_figures_that_are_not_finite_are_null(tmp_path: Path, texts: tuple[Path, Path]) -> None:
+    pretrain(
+        tmp_path / "run",
+        "train.steps=1",
+        "train.precision=fp32",
+        "optim.lr=1e18",
+        "optim.warmup_steps=0",
+        processes=0,
+    ).succeeded()
+    evaluate(tmp_path / "run", tmp_path / "out.json", f"text={texts[0]}", *SLIDING).succeeded()
+    text = (tmp_path / "out.json").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    assert json.loads(text)["texts"][0]["perplexity"] is None
+
+
 def test_bad_input_is_rejected_with_one_line(checkpoint: Path, tmp_path: Path) -> None:
     done = evaluate(checkpoint, tmp_path / "out.json", "text=missing.txt")
     assert done.status == 2

@@ -1,7 +1,8 @@
 """A report becomes a line of metrics.jsonl and a row in wandb."""
 
 import json
-from dataclasses import fields
+import math
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,15 @@ def metrics(step: int) -> StepMetrics:
     )
 
 
+def settings(folder: Path, wandb: str) -> PretrainConfig:
+    return PretrainConfig(
+        model=ModelConfig(name="m"),
+        train=TrainConfig(steps=4, seq_length=128, global_batch_size=8),
+        tracking=TrackingConfig(wandb=wandb),
+        run_dir=str(folder),
+    )
+
+
 def test_wandb_groups_the_values_of_a_report_by_section() -> None:
     row = metrics(4).wandb_row()
     assert (row["step"], row["data/consumed_tokens"]) == (4, 4096)
@@ -47,13 +57,7 @@ def test_rows_and_pictures_are_logged_at_the_same_step_and_tokens(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     wandb = fake(monkeypatch)
-    cfg = PretrainConfig(
-        model=ModelConfig(name="m"),
-        train=TrainConfig(steps=4, seq_length=128, global_batch_size=8),
-        tracking=TrackingConfig(wandb="offline"),
-        run_dir=str(tmp_path),
-    )
-    tracker = Tracker(cfg, Progress(2, 16, {}, None), active=True)
+    tracker = Tracker(settings(tmp_path, wandb="offline"), Progress(2, 16, {}, None), active=True)
     tracker.picture("layout/picture", tmp_path / "layout.png")
     tracker.report(metrics(4))
     tracker.picture("train/loss_curve", tmp_path / "loss.png")
@@ -62,3 +66,11 @@ def test_rows_and_pictures_are_logged_at_the_same_step_and_tokens(
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert all("time" in record for record in records)
     assert [record["held_out_loss"] for record in records if "loss" in record] == [2.5]
+
+
+def test_numbers_that_are_not_finite_are_null_also_those_of_layers(tmp_path: Path) -> None:
+    tracker = Tracker(settings(tmp_path, wandb="disabled"), Progress(2, 16, {}, None), active=True)
+    tracker.report(replace(metrics(4), loss=math.nan, auxiliary={"toy_kl/1": 0.5, "toy_kl/3": math.inf}))
+    tracker.close()
+    record = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (record["loss"], record["toy_kl"], record["toy_kl_by_layer"]) == (None, None, {"1": 0.5, "3": None})
