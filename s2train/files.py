@@ -181,3 +181,22 @@ class FolderLock:
 
     def release(self) -> None:
         self._file.close()
+
+
+def lock_folder(setting: str, folder: Path, name: str, busy: str) -> FolderLock:
+    """Create a folder, and lock it against other processes.
+
+    Args:
+        setting: that names the folder.
+        name: of the lock file in it.
+        busy: says what another process does there.
+    Raises:
+        ConfigError: another process holds the lock, or the folder or the lock can't be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return FolderLock(folder / name)
+    except BlockingIOError as error:
+        raise ConfigError(setting, folder, busy, "Wait until it ends, or set another folder") from error
+    except OSError as error:  # such as the lock of another user
+        raise ConfigError(setting, folder, f"can't be written ({error})", "Set another folder") from error

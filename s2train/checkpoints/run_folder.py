@@ -16,7 +16,7 @@ from s2train.checkpoints.folders import (
 from s2train.checkpoints.integrity import known_problem
 from s2train.config import PretrainConfig
 from s2train.errors import ConfigError
-from s2train.files import FolderLock
+from s2train.files import FolderLock, lock_folder
 
 
 def choose_checkpoint(cfg: PretrainConfig) -> Path | None:
@@ -78,15 +78,7 @@ def claim_run_dir(cfg: PretrainConfig, start: Path | None) -> FolderLock:
     Raises:
         ConfigError: the folder can't be written, or another job holds it.
     """
-    run_dir = Path(cfg.run_dir)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = FolderLock(run_dir / ".lock")
-    except BlockingIOError as error:
-        remedy = "Wait until it ends, or set another folder"
-        raise ConfigError("run_dir", run_dir, "another job is running there", remedy) from error
-    except OSError as error:
-        raise ConfigError("run_dir", run_dir, f"can't be written ({error})", "Set another folder") from error
+    lock = lock_folder("run_dir", Path(cfg.run_dir), ".lock", "another job is running there")
     for partial in own_checkpoints(cfg.run_dir).glob(".iter_*.partial"):
         shutil.rmtree(partial, ignore_errors=True)  # its writers may still be running
     for newer in _later_checkpoints(cfg, start):

@@ -13,7 +13,7 @@ from s2train.distributed.ranks import is_rank_0, world_size
 from s2train.environment.hardware import detect_own
 from s2train.environment.provenance import environment
 from s2train.errors import ConfigError
-from s2train.files import FolderLock
+from s2train.files import FolderLock, lock_folder
 from s2train.inference.generation import generate
 from s2train.inference.page_pool import OutOfPagesError
 from s2train.megatron.setup import initialize, shutdown
@@ -102,14 +102,8 @@ def _claim(request: Request) -> list[FolderLock]:
     Raises:
         ConfigError: another process writes one, or a lock can't be written.
     """
-    locks = []
-    for name in (file_name(problem.name) for problem in request.problems):
-        try:
-            request.folder.mkdir(parents=True, exist_ok=True)
-            locks.append(FolderLock(request.folder / f".{name}.lock"))
-        except BlockingIOError as error:
-            problem = f"another evaluation writes {name}.json there"
-            raise ConfigError("output", request.folder, problem, "Wait until it ends, or set another output") from error
-        except OSError as error:  # such as the lock of another user
-            raise ConfigError("output", request.folder, f"can't be locked ({error})", "Set another output") from error
-    return locks
+    names = (file_name(problem.name) for problem in request.problems)
+    return [
+        lock_folder("output", request.folder, f".{name}.lock", f"another evaluation writes {name}.json there")
+        for name in names
+    ]

@@ -83,7 +83,7 @@ def test_a_folder_that_cannot_be_locked_is_rejected(checkpoint: Path, tmp_path: 
     (tmp_path / ".needle.lock").mkdir()
     rejected = needle(checkpoint, tmp_path, processes=0)
     assert rejected.status == USAGE_STATUS
-    assert rejected.err.startswith(f"error: output={tmp_path}: can't be locked")
+    assert rejected.err.startswith(f"error: output={tmp_path}: can't be written")
 
 
 def test_a_rerun_keeps_the_cells(checkpoint: Path, alone: Path, tmp_path: Path) -> None:
