@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 
 
-def attach_loss(out: Tensor, loss: Tensor, scale: float) -> Tensor:
-    """Return `out`; its backward pass also runs that of `loss`, times `scale`."""
+def attach_loss(out: Tensor, loss: Tensor, scale: float | Tensor) -> Tensor:
+    """Return `out`; its backward pass also runs that of `loss`, times `scale`.
+
+    Args:
+        loss, scale: [].
+    """
     if not torch.is_grad_enabled() or not loss.requires_grad:
         return out
     attached: Tensor = _Attached.apply(out, loss, scale)
@@ -19,7 +23,7 @@ def attach_loss(out: Tensor, loss: Tensor, scale: float) -> Tensor:
 
 class _Attached(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, out: Tensor, loss: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, out: Tensor, loss: Tensor, scale: float | Tensor) -> Tensor:
         ctx.save_for_backward(loss)
         ctx.scale = scale
         return out
@@ -27,7 +31,7 @@ class _Attached(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         (loss,) = ctx.saved_tensors
-        return gradient, torch.full_like(loss, ctx.scale), None
+        return gradient, torch.ones_like(loss).mul_(ctx.scale), None
 
 
 class Records:

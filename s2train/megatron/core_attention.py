@@ -179,7 +179,8 @@ class CausalCoreAttention(KindWeights, MegatronModule):
         )
         self.cache = cache
         self.kv: AttentionCache | None = None  # attached while decoding
-        self.seed, self.step, self.loss_scale, self.is_logged = seed, 0, 1.0, False
+        self.seed, self.step, self.is_logged = seed, 0, False
+        self.loss_scale: float | torch.Tensor = 1.0
         self.records = Records()
         self.make_weights(layer_layout.kind.weights(self.shape), config.params_dtype)
 

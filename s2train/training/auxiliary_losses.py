@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 from s2train.attention.hybrid import HybridLayout
 from s2train.config import PretrainConfig
 from s2train.megatron.core_attention import cores_of
+from s2train.training.batches import EarlyBatches
 
 SEPARATOR = "/"  # between a column's name and the layer's number
 
@@ -41,25 +42,51 @@ class AuxiliaryLosses:
         self._tp, self._scale = cfg.parallel.tp, 1.0
         if loss_scale is not None and self._columns:  # read once: a read waits, and only fp16 changes it
             self._scale = float(loss_scale(torch.ones(1, device=torch.cuda.current_device())))
+        self._has_losses = any(
+            weight is not None for layer in hybrid.layers for weight in layer.kind.columns().values()
+        )
         self._samples = cfg.train.micro_batch_size * parallel_state.get_data_parallel_world_size()
+        self._seq_length = cfg.train.seq_length
 
-    def begin_step(self, step: int, is_logged: bool, batch: int) -> None:
-        """Prepare the layers for a training step.
+    def early_batches(self, batch: int) -> int:
+        """Return how many of a step's micro batches to fetch before it.
+
+        They are all of this rank's, if there are auxiliary losses: their scale depends on which tokens count.
+
+        Args:
+            batch: the step's global batch size.
+        """
+        return batch // self._samples if self._has_losses else 1
+
+    def begin_step(self, step: int, is_logged: bool, batch: int, batches: EarlyBatches) -> None:
+        """Prepare the layers for a training step; collective.
 
         Gradients are scaled as the language model's loss is: it is a mean over the tokens of a micro batch, divided by
         the number of micro batches, and averaged over data parallel ranks with the gradients. Megatron's schedules do
-        this only for the losses of its layers. They are means over all tokens: where some don't count in the language
-        model's loss, `take_step` divides their gradients too by the share that does.
+        this only for the losses of its layers. `take_step` then divides all gradients by the share of tokens that count
+        in the language model's loss. Auxiliary losses are means over all tokens, and are multiplied by the share first.
 
         Args:
             step: counted from 1.
             is_logged: whether the run logs after the step.
             batch: the step's global batch size.
+            batches: of this rank, the step's next.
         """
-        scale = self._scale / (batch // self._samples)
+        scale: float | torch.Tensor = self._scale / (batch // self._samples)
+        if self._has_losses:
+            scale = scale * self._counted_share(batch, batches)
         for core in self._cores:
             core.step, core.loss_scale, core.is_logged = step, scale, is_logged
             core.records.take()
+
+    def _counted_share(self, batch: int, batches: EarlyBatches) -> torch.Tensor:
+        """Return the share of the step's tokens that count.
+
+        They count in the language model's loss. Float64 [].
+        """
+        tokens = batches.counted_tokens(self.early_batches(batch))
+        torch.distributed.all_reduce(tokens, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        return tokens / (batch * self._seq_length)
 
     def take(self) -> torch.Tensor:
         """Sum and count of each column's values in this step.

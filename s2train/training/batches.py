@@ -3,7 +3,9 @@
 import os
 import signal
 import threading
+from collections import deque
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -75,24 +77,34 @@ class EarlyBatches(Iterator[Batch]):
 
     def __init__(self, source: Iterator[Batch]) -> None:
         self._source = source
-        self._fetched: Batch | Exception | None = None
+        self._fetched: deque[Batch | Exception] = deque()
 
-    def fetch(self) -> None:
-        """Fetch the next micro batch.
+    def fetch(self, count: int = 1) -> None:
+        """Fetch until `count` micro batches wait to be taken.
 
         An error of the data is raised when the batch is taken.
         """
-        if self._fetched is None:
+        while len(self._fetched) < count and not (self._fetched and isinstance(self._fetched[-1], Exception)):
             try:
-                self._fetched = next(self._source)
+                self._fetched.append(next(self._source))
             except Exception as error:
-                self._fetched = error
+                self._fetched.append(error)
+
+    def counted_tokens(self, count: int) -> torch.Tensor:
+        """Count the tokens in the loss of the next `count` micro batches.
+
+        Fetches these. Doesn't wait for the GPU. Returns float64 [].
+        """
+        self.fetch(count)
+        masks = [batch["loss_mask"] for batch in islice(self._fetched, count) if not isinstance(batch, Exception)]
+        device = torch.cuda.current_device()
+        return sum((mask.double().sum() for mask in masks), torch.zeros((), dtype=torch.float64, device=device))
 
     def __next__(self) -> Batch:
-        fetched, self._fetched = self._fetched, None
+        fetched = self._fetched.popleft() if self._fetched else next(self._source)
         if isinstance(fetched, Exception):
             raise fetched
-        return next(self._source) if fetched is None else fetched
+        return fetched
 
 
 def ignore_group_signals(worker: int) -> None:

@@ -265,7 +265,7 @@ class Trainer:
         for chunk in state.chunks:
             chunk.zero_grad_buffer()
         state.optimizer.zero_grad()
-        self.auxiliary.begin_step(step, is_logged=self._is_due(step), batch=size)
+        self.auxiliary.begin_step(step, is_logged=self._is_due(step), batch=size, batches=batches[0])
         sums = run_step(self.cfg, state.chunks, batches, forward_only=False, batch_size=size, teacher=self.teacher)
         self.frozen.hold(state.optimizer, state.scheduler.num_steps)
         with record_function(RANGE + OPTIMIZER):
@@ -274,8 +274,9 @@ class Trainer:
             values = torch.cat([self._agreement(results), results, self.auxiliary.take()])
         if step < self.cfg.train.last_step:
             with record_function(RANGE + DATA):  # now, while the GPU has work
+                early = self.auxiliary.early_batches(batch_size(self.cfg.train, consumed + size))
                 for each in batches:
-                    each.fetch()
+                    each.fetch(early)
         # One read of all: each waits, and the GPU is idle from here until the optimizer's kernels are launched.
         is_bad, signal, is_writing, total, tokens, square, *auxiliary = values.tolist()
         share = tokens / (size * self.cfg.train.seq_length)

@@ -54,3 +54,12 @@ def test_an_error_of_a_batch_fetched_early_is_raised_when_it_is_taken() -> None:
     batches.fetch()
     with pytest.raises(OSError, match="the disk is gone"):
         next(batches)
+
+
+def test_tokens_that_count_are_counted_before_their_batches_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
+    masks = [torch.ones(1, 4), torch.zeros(1, 4), torch.eye(1, 4)]
+    batches = EarlyBatches({"loss_mask": mask} for mask in masks)
+    batches.fetch()
+    assert [float(batches.counted_tokens(count)) for count in (2, 3)] == [4, 5]
+    assert all(next(batches)["loss_mask"] is mask for mask in masks)
