@@ -1,4 +1,4 @@
-"""Import Llama weights (config.json and .safetensors) or an export as a checkpoint.
+"""Import a Llama, a Qwen3 or an export as a checkpoint.
 
 python launch/import.py weights=Llama-3.2-1B output=runs/llama
 

@@ -34,6 +34,7 @@ class ModelConfig:
     rotary_base: int = 10_000
     # share of a head's dimensions that RoPE rotates; the others ignore distance (p-RoPE, arXiv 2410.06205)
     rotary_percent: float = 1.0
+    qk_norm: bool = False  # RMSNorm of each head's queries and keys before RoPE, as in Qwen3 (arXiv 2505.09388)
     norm_epsilon: float = 1e-5
     init_std: float = 0.02
     tie_embeddings: bool = False
@@ -514,7 +515,7 @@ class ExportConfig:
 class ImportConfig:
     """A run of `launch/import.py`."""
 
-    weights: str = MISSING  # folder with config.json and .safetensors of a Llama model
+    weights: str = MISSING  # folder with config.json and .safetensors of a Llama, Qwen3 or an export
     output: str = MISSING  # run folder to create, for checkpoint.resume
     vocab_size: int | None = None  # rows of the embedding; further rows are zero; None: those of the weights
     precision: str = "bf16"  # precision of the saved weights: bf16, fp32

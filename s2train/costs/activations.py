@@ -153,6 +153,8 @@ def layer_activations(cfg: PretrainConfig, stream: int, device_type: str) -> tup
     # attention's output.
     shares = parallel.tp > model.num_query_groups
     attention = (queries + keys) + (keys if shares else queries + 2 * keys) + queries
+    if model.qk_norm:  # the norms' inputs, and fp32 scales of heads; if not fused, also the values before the weight
+        attention += (1 if fused else 2) * (queries + keys) + 4 * (queries + keys) // (head_dim(model) * width)
     # Log-sum-exp in fp32; keys and values of all context parallel ranks (sparse layers may hold fewer).
     core = tokens * model.num_attention_heads * 4 // parallel.tp
     if parallel.cp > 1:

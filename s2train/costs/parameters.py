@@ -1,7 +1,7 @@
 """Exact parameter counts of the Llama-like model.
 
 The model has SwiGLU, two RMSNorms per layer and one at the end, and no biases. A layer also has the weights of its kind
-of attention.
+of attention, and with `model.qk_norm` norms of queries and keys.
 """
 
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ def layer_parameters(model: ModelConfig, layer: LayerLayout) -> LayerParameters:
     own = layer.kind.weights(attention_shape(model))
     return LayerParameters(
         matmul=attention + mlp_parameters(model),
-        norms=2 * model.hidden_size,
+        norms=2 * model.hidden_size + (2 * head_dim(model) if model.qk_norm else 0),
         kind_split=sum(weight.size for weight in own if weight.split is not None),
         kind_repeated=sum(weight.size for weight in own if weight.split is None),
     )

@@ -356,7 +356,17 @@ class _Model:
             of_heads = _FUSED_SPLIT if self.impl.fuses_split(cfg) else _FUSED_ROTATION
             heads = of_heads * (model.num_attention_heads + 2 * model.num_query_groups) * head_dim(model)
         split = parallel.tp if parallel.sequence_parallel else 1
-        return ((swiglu + heads) / parallel.tp + sums / split) / self.memory
+        return ((swiglu + heads) / parallel.tp + sums / split) / self.memory + self._qk_norm()
+
+    def _qk_norm(self) -> float:
+        """Return seconds per token of the norms of queries and keys.
+
+        By the bytes that they move: the forward reads and writes each, the backward reads two tensors of their size and
+        writes one.
+        """
+        model, tp = self.cfg.model, self.cfg.parallel.tp
+        heads = model.num_attention_heads / tp + kv_heads_on_rank(model.num_query_groups, tp)
+        return 5 * 2 * heads * head_dim(model) / self.bandwidth if model.qk_norm else 0.0
 
     def _sum(self, weights: int) -> float:
         """Return seconds to add the embedding's gradient to an fp32 one.
@@ -435,6 +445,8 @@ def _caveats(cfg: PretrainConfig, world_size: int, hardware: Hardware) -> list[s
         found.append(f"machines of {GPUS_PER_MACHINE} GPUs, each with {NETWORK * 8 / 1e9:.0f} Gb/s, are assumed")
     if cfg.parallel.tp > cfg.model.num_query_groups:
         found.append("no shared KV heads were measured")
+    if cfg.model.qk_norm:
+        found.append("the time of model.qk_norm was not measured")
     if cfg.optim.name != "adam":
         found.append(f"optim.name={cfg.optim.name} is counted as Adam")
     if cfg.optim.cpu_offload:

@@ -102,6 +102,8 @@ def _unserved(cfg: PretrainConfig, operation: str) -> str | None:
     """Explain why an operation is torch's even if asked for."""
     if operation == SPLIT and cfg.parallel.tp > cfg.model.num_query_groups:
         return "the split needs whole KV heads on each rank"
+    if operation == SPLIT and cfg.model.qk_norm:
+        return "the split rotates queries and keys, which model.qk_norm normalizes before"
     if operation != SUMS:
         return None
     if cfg.train.recompute == "mlp":

@@ -18,7 +18,7 @@ from s2train.environment.liger import INSTALL as LIGER
 from s2train.environment.liger import ROTATION, SPLIT, SUMS, SWIGLU, liger_operations, liger_problem
 from s2train.environment.transformer_engine import INSTALL, te_problem, uses_te_here
 from s2train.errors import ConfigError
-from s2train.megatron.norm import RMSNorm
+from s2train.megatron.norm import HeadNorm, RMSNorm
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Backend:
 
     Attributes:
         name: as in `layer_backend=`.
-        layer_spec: makes a new Megatron spec of one transformer layer.
+        layer_spec: makes a new Megatron spec of one transformer layer, with `model.qk_norm` or without.
         norm: class of the final norm.
         fuses_rotation: whether Megatron has a fused rotary embedding kernel with this backend.
         mlp: class to convert Megatron's MLP to; None: unchanged.
@@ -35,7 +35,7 @@ class Backend:
     """
 
     name: str
-    layer_spec: Callable[[], ModuleSpec]
+    layer_spec: Callable[[bool], ModuleSpec]
     norm: type
     fuses_rotation: bool = False
     mlp: type[MLP] | None = None
@@ -107,20 +107,22 @@ def _norm(liger: frozenset[str]) -> type[RMSNorm]:
     return SummingRMSNorm
 
 
-def _local_layer_spec(attention: ModuleSpec | None, norm: type[RMSNorm]) -> ModuleSpec:
+def _local_layer_spec(attention: ModuleSpec | None, norm: type[RMSNorm], qk_norm: bool) -> ModuleSpec:
     # Megatron returns shared objects: copy them, so that changes for our layers affect no others.
     spec = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm"))
     spec.submodules.input_layernorm = norm
     spec.submodules.pre_mlp_layernorm = norm
+    own = spec.submodules.self_attention
+    if qk_norm:
+        own.submodules.q_layernorm = own.submodules.k_layernorm = HeadNorm
     if attention is not None:
-        own = spec.submodules.self_attention
         own.module, own.params = attention.module, {**(own.params or {}), **(attention.params or {})}
     return spec
 
 
-def _te_layer_spec() -> ModuleSpec:
+def _te_layer_spec(qk_norm: bool) -> ModuleSpec:
     """Return transformer-engine's layer spec.
 
     Norms are parts of the linear layers that follow them; the config's `normalization` selects them.
     """
-    return copy.deepcopy(get_gpt_layer_with_transformer_engine_spec())
+    return copy.deepcopy(get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm))

@@ -54,6 +54,7 @@ def transformer_config(cfg: PretrainConfig, stages: Stages | None = None) -> Tra
         init_method_std=model.init_std,
         layernorm_epsilon=model.norm_epsilon,
         normalization="RMSNorm",
+        qk_layernorm=model.qk_norm,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,

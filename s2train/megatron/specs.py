@@ -37,13 +37,18 @@ def core_attention_class(kind: AttentionKind) -> type[CausalCoreAttention]:
 
 
 def layer_spec(
-    layer: LayerLayout, layer_number: int, backend: Backend, core: CoreSettings, cp_exchange: str
+    config: TransformerConfig,
+    layer: LayerLayout,
+    layer_number: int,
+    backend: Backend,
+    core: CoreSettings,
+    cp_exchange: str,
 ) -> ModuleSpec:
     """Make the spec of one layer.
 
     `layer_number` counts from 1 over the model.
     """
-    spec = backend.layer_spec()
+    spec = backend.layer_spec(config.qk_layernorm)
     spec.module = HybridTransformerLayer
     own = {"hybrid_layer_number": layer_number, "mlp_class": backend.mlp}
     spec.params = {**(spec.params or {}), **own}
@@ -72,7 +77,9 @@ def block_spec(
 
     `cp_exchanges` has one mode for each of the model's layers.
     """
-    specs = [layer_spec(hybrid.layers[i], i + 1, backend, core, cp_exchanges[i]) for i in layer_ids(config, vp_stage)]
+    specs = [
+        layer_spec(config, hybrid.layers[i], i + 1, backend, core, cp_exchanges[i]) for i in layer_ids(config, vp_stage)
+    ]
     if config.tensor_model_parallel_size > hybrid.num_query_groups:
         for attention in (spec.submodules.self_attention for spec in specs):
             if attention.module is SelfAttention:

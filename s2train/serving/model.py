@@ -15,6 +15,7 @@ from vllm.config import CacheConfig, VllmConfig, get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.layers.rotary_embedding import get_rope
@@ -146,6 +147,9 @@ class S2SelfAttention(nn.Module):
             hidden_size, head_dim, num_heads, num_kv_heads, prefix=f"{prefix}.qkv_proj", **common
         )
         self.o_proj = RowParallelLinear(num_heads * head_dim, hidden_size, prefix=f"{prefix}.o_proj", **common)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (RMSNorm(head_dim, eps=config.rms_norm_eps) for _ in "qk")
         rotation = rope_parameters(config)
         self.rotary_emb = get_rope(head_dim, max_position=max_position_embeddings, rope_parameters=rotation)
         settings = {"cache_config": cache_config, "quant_config": quant_config}
@@ -166,6 +170,8 @@ class S2SelfAttention(nn.Module):
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
         qkv, _ = self.qkv_proj(hidden_states)
         q, k, v = qkv.split(self.sizes, dim=-1)
+        if self.q_norm is not None:
+            q, k = _by_head(self.q_norm, q), _by_head(self.k_norm, k)
         q, k = self.rotary_emb(positions, q, k)
         parts = len(self.attn)
         if parts == 1:
@@ -174,6 +180,12 @@ class S2SelfAttention(nn.Module):
             chunks = zip(self.attn, *(x.chunk(parts, dim=-1) for x in (q, k, v)), strict=True)
             out = torch.cat([attn(*(x.contiguous() for x in qkv)) for attn, *qkv in chunks], dim=-1)
         return self.o_proj(out)[0]
+
+
+def _by_head(norm: RMSNorm, x: Tensor) -> Tensor:
+    """Normalize each head of [tokens, heads · d]."""
+    normalized: Tensor = norm(x.unflatten(-1, (-1, norm.hidden_size)).contiguous())
+    return normalized.flatten(-2)
 
 
 class S2DecoderLayer(LlamaDecoderLayer):

@@ -43,8 +43,8 @@ def compare(cfg: PretrainConfig, loss: str, packed: bool, device: torch.device) 
     exact = build(replace(cfg, loss="torch", train=replace(cfg.train, precision="fp32")), "torch", device)
     plain = build(replace(cfg, loss="torch"), "torch", device)
     liger = build(replace(cfg, loss=loss), "liger", device)
-    assert all(module.splits for module in liger.modules() if isinstance(module, RotatingSelfAttention))
-    assert any(isinstance(module, RotatingSelfAttention) for module in liger.modules())
+    splits = {module.splits for module in liger.modules() if isinstance(module, RotatingSelfAttention)}
+    assert splits == {not cfg.model.qk_norm}
     fused = {"none": 4, "selective": 4, "full": 2, "mlp": 0}  # sums of two layers
     sums = [sum_of for layer in liger.decoder.layers for sum_of in (layer.self_attn_bda, layer.mlp_bda)]
     assert sum(isinstance(sum_of, SumBefore) for sum_of in sums) == fused[cfg.train.recompute]
@@ -81,11 +81,11 @@ def main() -> None:
         full, selective, mlp = (
             replace(cfg, train=replace(train, recompute=name)) for name in ("full", "selective", "mlp")
         )
-        tied = replace(selective, model=replace(model, tie_embeddings=True))
+        tied = replace(selective, model=replace(model, tie_embeddings=True, qk_norm=True))
         cases |= {
             "loss over logits, MLP recomputed": (mlp, "liger", False),
             "loss over hidden states, full recomputation": (full, "linear", False),
-            "tied embeddings, selective recomputation": (tied, "linear", False),
+            "tied embeddings, normalized queries, selective recomputation": (tied, "linear", False),
             "bf16, loss in place": (replace(cfg, train=replace(train, precision="bf16")), "in_place", False),
         }
     found = {name: compare(*case, device) for name, case in cases.items()}

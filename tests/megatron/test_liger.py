@@ -283,6 +283,8 @@ def test_the_log_says_what_runs_and_why_not_liger(installed: pytest.MonkeyPatch)
     assert "sums torch, loss liger (train.recompute=mlp recomputes norms" in apart
     shared = line(elementwise="liger", loss="liger", parallel__tp=8)
     assert "rotation liger, split torch, sums liger, loss liger (the split needs whole KV heads" in shared
+    normalized = line(elementwise="liger", loss="liger", model__qk_norm=True)
+    assert "rotation liger, split torch, sums liger, loss liger (the split rotates queries and keys" in normalized
     assert line(None) == ""
     installed.setattr(liger, "installed_version", lambda _: None)
     assert line() == "swiglu torch, rotation torch, split torch, sums torch, loss torch (liger-kernel is not installed)"

@@ -55,7 +55,12 @@ CASES = [
 
 
 def settings(optimizer: str) -> list[str]:
-    return [f"parallel.distributed_optimizer={str(optimizer == 'distributed').lower()}", f"train.steps={STEPS + 1}"]
+    """Norms of queries and keys have weights that tensor parallel ranks repeat."""
+    return [
+        "model.qk_norm=true",
+        f"parallel.distributed_optimizer={str(optimizer == 'distributed').lower()}",
+        f"train.steps={STEPS + 1}",
+    ]
 
 
 @pytest.fixture(scope="module")

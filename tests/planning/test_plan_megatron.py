@@ -11,6 +11,7 @@ pytestmark = [pytest.mark.slow]
 VARIANTS = [
     ["+model=tiny_dense"],
     ["+model=tiny_hybrid", "model.tie_embeddings=false", "model.head_dim=16"],
+    ["+model=tiny_hybrid", "model.qk_norm=true"],
     ["+model=tiny_hybrid", "train.recompute=selective", "train.micro_batch_size=4"],
     ["+model=tiny_hybrid", "train.recompute=mlp", "train.micro_batch_size=4"],
     ["+model=tiny_hybrid", "train.recompute=full", "train.recompute_num_layers=2"],

@@ -22,13 +22,14 @@ def write_export(
     length: int = 512,
     dtype: str = "float32",
     vocab_size: int = VOCABULARY,
+    qk_norm: bool = False,
     **changed: Any,
 ) -> Path:
     """Write config.json and weights, whose greedy tokens don't depend on rounding."""
     num_heads = len(layout.layers[0].bound)
     model = ModelConfig(
         "x", len(layout.layers), HIDDEN, 96, num_heads, layout.num_query_groups, HEAD_DIM, vocab_size,
-        tie_embeddings=False,
+        tie_embeddings=False, qk_norm=qk_norm,
     )  # fmt: skip
     folder.mkdir(parents=True)
     weights = {
@@ -51,6 +52,7 @@ def write_export(
         "rms_norm_eps": 1e-6,
         "rope_theta": 5000.0,
         "partial_rotary_factor": 1.0,
+        "qk_norm": qk_norm,
         "max_position_embeddings": length,
         "tie_word_embeddings": False,
         "torch_dtype": dtype,

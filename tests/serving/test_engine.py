@@ -37,8 +37,8 @@ LAYOUTS = {
 def test_tokens_are_those_of_the_exports_own_file(name: str, tmp_path: Path) -> None:
     layout = LAYOUTS[name]()
     length = LENGTH if layout.block_size == 16 else 320
-    rotation = random.choice([0.5, 1.0])
-    folder = write_export(tmp_path / "export", layout, length=length, partial_rotary_factor=rotation)
+    rotation, qk_norm = random.choice([0.5, 1.0]), random.choice([False, True])
+    folder = write_export(tmp_path / "export", layout, length=length, partial_rotary_factor=rotation, qk_norm=qk_norm)
     size = layout.block_size
     prompts = random_prompts(1, size - 1, size, size + 1, 3 * size - 1, 3 * size, 3 * size + 1)
     with engine(folder, max_model_len=length) as served:

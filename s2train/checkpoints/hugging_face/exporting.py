@@ -41,8 +41,9 @@ def export(cfg: ExportConfig) -> Path:
     """Write the folder `output` for Hugging Face's libraries.
 
     It holds config.json, .safetensors, the tokenizer's files, modeling_s2.py and the layout's mask files. A model
-    without sparse layers and with full rotation is written as a plain Llama, which needs no modelling file. The export
-    runs in one process; the folder is written under a temporary name and renamed when complete.
+    without sparse layers and with full rotation is written as a Llama, or with `qk_norm` as Qwen3, which need no
+    modelling file. The export runs in one process; the folder is written under a temporary name and renamed when
+    complete.
 
     Raises:
         ConfigError: there is no checkpoint or tokenizer, the tokenizer is another one, the format can't hold a kind of
@@ -89,19 +90,22 @@ def export(cfg: ExportConfig) -> Path:
 
 
 def llama_config(cfg: PretrainConfig, vocab_size: int, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return `config.json`: a Llama's settings, and the layout if needed.
+    """Return `config.json`: a Llama's or Qwen3's settings, and the layout if needed.
 
-    The layout is included if layers are sparse or rotation is partial.
+    Qwen3 is a Llama with `qk_norm`. The layout is included if layers are sparse or rotation is partial.
     """
     model, hybrid = cfg.model, hybrid_layout(cfg)
     is_plain = all(isinstance(layer.kind, DenseKind) for layer in hybrid.layers) and model.rotary_percent == 1
     own: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    if model.qk_norm:
+        own = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
     if not is_plain:
         names = {"AutoConfig": "S2Config", "AutoModelForCausalLM": "S2ForCausalLM"}
         own = {
             "architectures": ["S2ForCausalLM"],
             "model_type": "s2_llama",
             "auto_map": {name: f"{Path(MODELING).stem}.{value}" for name, value in names.items()},
+            "qk_norm": model.qk_norm,
         }
     scaling = to_hugging_face(model.rope_scaling)
     return own | {

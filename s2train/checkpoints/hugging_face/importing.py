@@ -1,4 +1,4 @@
-"""Import the weights of a Llama or an export as a checkpoint."""
+"""Import a Llama, a Qwen3 or an export as a checkpoint."""
 
 import os
 import shutil
@@ -50,8 +50,8 @@ def import_llama(cfg: ImportConfig) -> tuple[Path, ModelFiles]:
     layout and the tokenizer are imported too.
 
     Raises:
-        ConfigError: the folder or weights are missing, the architecture is neither a plain Llama nor an export, or the
-            output exists.
+        ConfigError: the folder or weights are missing, the architecture is neither a plain Llama nor Qwen3 nor an
+            export, or the output exists.
     """
     require_safetensors("weights", cfg.weights)
     folder = WeightsFolder(Path(cfg.weights), "weights")

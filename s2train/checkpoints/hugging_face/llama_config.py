@@ -1,4 +1,4 @@
-"""Reads a Llama's shape from config.json, and checks its weights."""
+"""Reads the shape of a Llama or Qwen3; checks its weights."""
 
 from typing import Any
 
@@ -9,13 +9,15 @@ from s2train.config import ModelConfig
 from s2train.errors import ConfigError, as_typed
 
 EXPORT = "S2ForCausalLM"  # of launch/export.py
-_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", EXPORT)
+_QWEN3 = "Qwen3ForCausalLM"  # a Llama with `model.qk_norm`
+_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", _QWEN3, EXPORT)
 # Settings that would change the computation: config.json's name, and the value required if present.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
     "sliding_window": (None,),
+    "use_sliding_window": (False, None),
     "quantization_config": (None,),
 }
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -31,8 +33,8 @@ def llama_model(folder: WeightsFolder) -> ModelConfig:
     """Return the model shape in config.json.
 
     Raises:
-        ConfigError: not a plain Llama or an export: another architecture, biases, rotation scaled in another way or a
-            sliding window; in a plain Llama also partial rotation.
+        ConfigError: not a plain Llama, Qwen3 or an export: another architecture, biases, rotation scaled in another way
+            or a sliding window; except in an export also partial rotation.
     """
     config, remedy = folder.config, "Only Llama's architecture without these can be imported"
     names = config.get("architectures") or ["none"]
@@ -61,10 +63,11 @@ def llama_model(folder: WeightsFolder) -> ModelConfig:
             ffn_hidden_size=config["intermediate_size"],
             num_attention_heads=heads,
             num_query_groups=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim"),
+            head_dim=config.get("head_dim", 128 if names[0] == _QWEN3 else None),
             vocab_size=config["vocab_size"],
             rotary_base=int(theta),
             rotary_percent=float(percent),
+            qk_norm=names[0] == _QWEN3 or bool(config.get("qk_norm")),
             norm_epsilon=config["rms_norm_eps"],
             init_std=config.get("initializer_range", 0.02),
             tie_embeddings=config.get("tie_word_embeddings", False),

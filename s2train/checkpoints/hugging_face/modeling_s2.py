@@ -66,6 +66,7 @@ class S2Config(PretrainedConfig):
         layout: dict | None = None,
         rope_scaling: dict | None = None,
         rope_parameters: dict | None = None,
+        qk_norm: bool = False,
         **other: Any,
     ) -> None:
         self.vocab_size, self.hidden_size, self.intermediate_size = vocab_size, hidden_size, intermediate_size
@@ -73,7 +74,7 @@ class S2Config(PretrainedConfig):
         self.num_key_value_heads = num_key_value_heads or num_attention_heads
         self.head_dim = head_dim or hidden_size // num_attention_heads
         self.rms_norm_eps, self.rope_theta = rms_norm_eps, rope_theta
-        self.partial_rotary_factor = partial_rotary_factor
+        self.partial_rotary_factor, self.qk_norm = partial_rotary_factor, qk_norm
         self.max_position_embeddings = max_position_embeddings
         self.tie_word_embeddings = tie_word_embeddings
         if scaling := rope_parameters or rope_scaling:  # by the name that transformers 5 saves
@@ -222,6 +223,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Any, padding: list[int] | None) -> Tensor:
         """Compute attention of new tokens, after those of the cache.
@@ -232,7 +235,7 @@ class Attention(nn.Module):
             projection(x).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         if cache is not None:
             whole = cache.get_seq_length() + k.shape[2] if self.layer == 0 else None
             k, v = cache.update(k, v, self.layer)

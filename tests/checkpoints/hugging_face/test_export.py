@@ -16,8 +16,8 @@ import torch
 from s2train.kernels.relative_error import relative_error
 
 from s2train.checkpoints.folders import read_config
-from s2train.checkpoints.hugging_face.folder import write_weights
-from s2train.checkpoints.hugging_face.modeling_s2 import S2ForCausalLM
+from s2train.checkpoints.hugging_face.folder import WeightsFolder, write_weights
+from s2train.checkpoints.hugging_face.modeling_s2 import S2Config, S2ForCausalLM
 from s2train.checkpoints.hugging_face.weights import llama_shapes
 from s2train.config import ModelConfig
 from s2train.layouts.patterns.file import write_masks
@@ -66,6 +66,7 @@ def load_file(path: Path) -> ModuleType:
         ["train.precision=fp32", "model.tie_embeddings=false", "model.num_query_groups=1", "model.rotary_percent=0.5"],
         [
             "train.precision=bf16",
+            "model.qk_norm=true",
             "layout.pattern.sinks=1",
             "model.rope_scaling={kind:yarn,factor:4,original_length:128}",
         ],
@@ -122,9 +123,11 @@ def test_decoding_over_its_cache_is_decoding_without(tmp_path: Path) -> None:
     assert torch.equal(tokens[:, 37:], logits.argmax(-1))
 
 
-def write_llama(folder: Path, *, hybrid: bool = False, tie: bool = False, groups: int = 2, **changed: Any) -> Path:
-    """A random Llama in Hugging Face's form, of SMALL's shape."""
-    model = ModelConfig("x", 4, 64, 96, 4, groups, 16, VOCABULARY, tie_embeddings=tie)
+def write_llama(
+    folder: Path, *, hybrid: bool = False, tie: bool = False, groups: int = 2, qk_norm: bool = False, **changed: Any
+) -> Path:
+    """A random Llama, or with `qk_norm` Qwen3, in Hugging Face's form, of SMALL's shape."""
+    model = ModelConfig("x", 4, 64, 96, 4, groups, 16, VOCABULARY, tie_embeddings=tie, qk_norm=qk_norm)
     folder.mkdir()
     weights = {
         name: torch.randn(shape) * 0.2 if len(shape) > 1 else torch.rand(shape) + 0.5
@@ -134,8 +137,8 @@ def write_llama(folder: Path, *, hybrid: bool = False, tie: bool = False, groups
     patterns = [{"kind": "local_vertical", "local": 1, "stride": 2, "offset": h, "sinks": 0} for h in range(2)]
     layout = {"block_size": 8, "patterns": patterns, "layers": [[0, 1, 0, 1]] * 4}
     config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": ["Qwen3ForCausalLM" if qk_norm else "LlamaForCausalLM"],
+        "model_type": "qwen3" if qk_norm else "llama",
         "vocab_size": VOCABULARY,
         "hidden_size": 64,
         "intermediate_size": 96,
@@ -155,16 +158,28 @@ def write_llama(folder: Path, *, hybrid: bool = False, tie: bool = False, groups
     return folder
 
 
-@pytest.mark.parametrize("tie", [False, True])
-def test_an_imported_llama_gives_its_logits_and_comes_back_as_it_was(tmp_path: Path, tie: bool) -> None:
+def load_llama(folder: Path) -> S2ForCausalLM:
+    """A Llama or Qwen3 by our modelling file, which computes what transformers does."""
+    weights = WeightsFolder(folder, "weights")
+    qk_norm = weights.config["architectures"] == ["Qwen3ForCausalLM"]
+    model = S2ForCausalLM(S2Config(**weights.config, qk_norm=qk_norm))
+    model.load_state_dict({name: weights.read(name) for name in weights.shapes})
+    return model.eval()
+
+
+@pytest.mark.parametrize(("architecture", "tie"), [("LlamaForCausalLM", False), ("Qwen3ForCausalLM", True)])
+def test_imported_weights_give_their_logits_and_come_back_as_they_were(
+    tmp_path: Path, architecture: str, tie: bool
+) -> None:
     scaling = {"rope_type": "llama3", "factor": 4.0, "original_max_position_embeddings": 128}
     scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     scaled = {} if tie else {"rope_scaling": scaling}
-    llama = write_llama(tmp_path / "llama", tie=tie, groups=random.choice([1, 2, 4]), **scaled)
+    qk_norm = architecture == "Qwen3ForCausalLM"
+    llama = write_llama(tmp_path / "llama", tie=tie, qk_norm=qk_norm, groups=random.choice([1, 2, 4]), **scaled)
     import_weights(llama, tmp_path / "run", "precision=fp32", "vocab_size=288").succeeded()
     tokens = tokens_of(VOCABULARY)
     with torch.no_grad():
-        expected = S2ForCausalLM.from_folder(str(llama))(torch.from_numpy(tokens)).logits
+        expected = load_llama(llama)(torch.from_numpy(tokens)).logits
     found = megatron_logits(tmp_path / "run", tokens, tmp_path)
     assert relative_error(found[..., :VOCABULARY], expected) < TOLERANCE
     assert not found[..., VOCABULARY:].any()
@@ -173,11 +188,11 @@ def test_an_imported_llama_gives_its_logits_and_comes_back_as_it_was(tmp_path: P
     rejected = run("export.py", *back_as, processes=0)  # the Llama came without
     assert error_line(rejected).startswith(f"error: tokenizer={tmp_path / 'run' / 'tokenizer.json'}: no such file. Set")
     run("export.py", *back_as, "tokenizer=bytes", processes=0).succeeded()
-    back, there = (S2ForCausalLM.from_folder(str(folder)).state_dict() for folder in (tmp_path / "back", llama))
+    back, there = (load_llama(folder).state_dict() for folder in (tmp_path / "back", llama))
     assert back.keys() == there.keys()
     assert all(torch.equal(back[name], there[name]) for name in there)
     config = json.loads((tmp_path / "back" / "config.json").read_text())
-    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["architectures"] == [architecture]
     assert config.get("rope_scaling") == scaled.get("rope_scaling")
     assert not (tmp_path / "back" / "modeling_s2.py").exists()
     assert {name: config[name] for name in ("rope_theta", "rms_norm_eps", "tie_word_embeddings")} == {
@@ -226,6 +241,7 @@ def test_a_hybrid_run_starts_from_an_imported_llama(tmp_path: Path, processes: i
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 8.0}}, ["rope_scaling", "dynamic"]),
         ({"rope_parameters": {"rope_type": "yarn"}}, ["rope_parameters", "yarn"]),
         ({"sliding_window": 4096}, ["sliding_window=4096"]),
+        ({"architectures": ["Qwen3ForCausalLM"]}, ["it lacks model.layers.0.self_attn.q_norm"]),
         ({"num_hidden_layers": "4"}, ["num_hidden_layers=4, not a number of its type", "Fix config.json"]),
         ({"num_hidden_layers": 3}, ["weights that a plain Llama doesn't have", "model.layers.3"]),
         ({"num_hidden_layers": 5}, ["it lacks model.layers.4"]),

@@ -254,9 +254,10 @@ def test_kernels_that_are_not_installed_cannot_be_chosen(model: S2ForCausalLM, m
 def test_transformers_generates_with_and_without_a_cache_what_the_model_does(tmp_path: Path) -> None:
     folder = tmp_path / "export"
     folder.mkdir()
-    made = S2ForCausalLM(S2Config(**CONFIG))
+    config = CONFIG | {"qk_norm": True}
+    made = S2ForCausalLM(S2Config(**config))
     write_weights(folder, {name: torch.randn_like(weight) * 0.5 for name, weight in made.state_dict().items()})
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "config.json").write_text(json.dumps(config))
     source = inspect.getsourcefile(S2ForCausalLM)
     assert source is not None
     (folder / "modeling_s2.py").write_text(Path(source).read_text())
