@@ -48,7 +48,8 @@ def build(
     hybrid = hybrid_of(model_or_layout) if isinstance(model_or_layout, str) else model_or_layout
     groups = hybrid.num_query_groups
     model = ModelConfig("test", len(hybrid.layers), 64, 96, 4, groups, 16, VOCABULARY, init_std=0.2)
-    model.rotary_percent = 0.5 if model_or_layout in HALF_TURNED else 1.0
+    if model_or_layout in HALF_TURNED:
+        model.rotary_percent, model.qk_norm = 0.5, True
     train = TrainConfig(steps=1, seq_length=hybrid.block_size * NUM_BLOCKS, global_batch_size=1, precision="fp32")
     cfg = PretrainConfig(model=model, parallel=ParallelConfig(tp=tp), train=train, attention_backend=backend)
     (chunk,) = build_model(cfg, transformer_config(cfg), hybrid, choose_backend("local"), device)

@@ -12,7 +12,8 @@ from s2train.errors import ConfigError
 
 
 def random_llama(tie: bool = False) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
-    model = ModelConfig("x", 2, 24, 40, 6, random.choice([1, 2, 3, 6]), 8, 30, tie_embeddings=tie)
+    """Or Qwen3, if tied."""
+    model = ModelConfig("x", 2, 24, 40, 6, random.choice([1, 2, 3, 6]), 8, 30, tie_embeddings=tie, qk_norm=tie)
     return model, {name: torch.randn(shape) for name, shape in llama_shapes(model).items()}
 
 
