@@ -33,6 +33,7 @@ from s2train.checkpoints.integrity import damage
 from s2train.command_line.program import run_command
 from s2train.config import CorpusConfig, PretrainConfig
 from s2train.errors import ConfigError
+from s2train.files import check_writable
 from s2train.planning import compose_run
 from s2train.study import speed, sweep
 from s2train.study.corpus import check_made_with
@@ -291,6 +292,8 @@ def act(given: argparse.Namespace, variants: Sequence[str], settings: Sequence[s
         ConfigError: something is missing, or a file doesn't fit.
     """
     folders = Folders(given.root, Path(__file__).parent)
+    if given.action != "plan":
+        check_writable("root", folders.root)
     devices = given.gpu.split(",")
     deadline = Deadline(given.minutes, {"CUDA_VISIBLE_DEVICES": given.gpu})
     recipe = None if given.lr is None else Recipe(given.lr, given.batch_tokens)

@@ -108,6 +108,15 @@ def test_what_is_missing_is_named_in_one_error(
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize("action", [["data"], ["sweep"], ["speed", "hybrid"], ["evaluate", "hybrid"], ["report"]])
+def test_a_root_that_can_not_be_written_is_rejected_first(
+    study: dict[str, Any], action: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        study["main"]([*action, "--root", "/proc/study"])
+    assert capsys.readouterr().err.startswith("error: root=/proc/study: /proc can't be written")
+
+
 @pytest.mark.parametrize("recipe", [[], ["--lr", "1e-3", "--batch-tokens", "131072"]])
 def test_a_plan_says_whether_its_learning_rate_was_chosen(
     study: dict[str, Any], recipe: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
