@@ -1,6 +1,8 @@
 """Names a quality study's files, and checks that they belong together."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,19 @@ class Folders:
 
     def needles(self, run: Run) -> Path:
         return self.results / f"{run.name}-needles.json"
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name a result file that can't be read.
+
+    Raises:
+        ConfigError: the statements inside found something else in it.
+    """
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError("root", path, f"is no result of this study ({error})", "Move the file away") from error
 
 
 def check_corpus(folders: Folders) -> None:

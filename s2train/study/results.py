@@ -1,8 +1,7 @@
 """Collects a run's measurements in one small file, and reads these files."""
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from s2train.environment.provenance import environment
 from s2train.errors import ConfigError
 from s2train.files import write_json
 from s2train.needles.scores import Score
-from s2train.study.files import Folders
+from s2train.study.files import Folders, naming
 from s2train.study.recall import Recall, recall_curve
 from s2train.study.settings import Recipe
 from s2train.study.variants import Run, counts_exactly
@@ -167,7 +166,7 @@ def read_results(folders: Folders) -> list[Result]:
 
 
 def _read(folders: Folders, path: Path) -> Result:
-    with _naming(path):
+    with naming(path):
         content = json.loads(path.read_text())
         result = Result(
             run=Run(**content["run"]),
@@ -183,12 +182,19 @@ def _read(folders: Folders, path: Path) -> Result:
             device=content.get("environment", {}).get("device"),
             recall=tuple(Recall(**one) for one in content.get("recall", ())),
         )
+        _ = result.loss
     probes, needles = folders.probes(result.run), folders.needles(result.run)
-    with _naming(probes):
-        probed = json.loads(probes.read_text()) if probes.is_file() else None
-    with _naming(needles):
+    with naming(probes):
+        probed = _probes(json.loads(probes.read_text())) if probes.is_file() else None
+    with naming(needles):
         found = _needle_scores(json.loads(needles.read_text())) if needles.is_file() else None
     return replace(result, probes=probed, needles=found)
+
+
+def _probes(content: dict[str, Any]) -> dict[str, Any]:
+    """Check that probes hold what the report reads."""
+    _ = content["completion"], content["recurrence"]["by_distance"]
+    return content
 
 
 def _needle_scores(content: dict[str, Any]) -> dict[tuple[str, int], Score]:
@@ -198,12 +204,3 @@ def _needle_scores(content: dict[str, Any]) -> dict[tuple[str, int], Score]:
             key = task, cell["length"]
             scores[key] = scores.get(key, Score(0, 0)) + Score(cell["correct"], cell["trials"])
     return scores
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Name the file that can't be read."""
-    try:
-        yield
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError("root", path, f"is no result of this study ({error})", "Move the file away") from error

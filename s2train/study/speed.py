@@ -12,7 +12,7 @@ from filelock import FileLock
 from s2train.comparison.runs import summarize
 from s2train.environment.provenance import environment
 from s2train.files import write_json
-from s2train.study.files import Folders
+from s2train.study.files import Folders, naming
 from s2train.study.settings import Recipe, train_settings
 from s2train.study.variants import Run, has_warm_up
 
@@ -64,10 +64,15 @@ def record(folders: Folders, run: Run, gpus: int) -> dict[str, Any]:
 
 
 def read(folders: Folders) -> dict[str, dict[str, Any]]:
-    """Measurements by `key`."""
+    """Measurements by `key`.
+
+    Raises:
+        ConfigError: the file can't be read.
+    """
     if not folders.speed.is_file():
         return {}
-    content = json.loads(folders.speed.read_text())
-    # rows of earlier versions don't name their device
-    device = content.get("environment", {}).get("device")
-    return {name: {"device": device, **row} for name, row in content["rows"].items()}
+    with naming(folders.speed):
+        content = json.loads(folders.speed.read_text())
+        # rows of earlier versions don't name their device
+        device = content.get("environment", {}).get("device")
+        return {name: {"device": device, **row} for name, row in content["rows"].items()}

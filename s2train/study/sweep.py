@@ -16,7 +16,7 @@ from s2train.data.indexed import read_metadata
 from s2train.environment.provenance import environment
 from s2train.errors import ConfigError
 from s2train.files import write_json
-from s2train.study.files import Folders
+from s2train.study.files import Folders, naming
 from s2train.study.settings import HELD_OUT_TOKENS, Recipe, data_settings, micro_batch, sequences_of
 from s2train.study.variants import PHASES, SEEDS, attention_settings
 from s2train.training.records import read_curves
@@ -109,10 +109,15 @@ def finished(folders: Folders) -> set[str]:
 
 
 def read(folders: Folders) -> list[dict[str, Any]]:
-    """Read the results of finished trials."""
+    """Read the results of finished trials.
+
+    Raises:
+        ConfigError: the file can't be read.
+    """
     if not folders.sweep.is_file():
         return []
-    trials: list[dict[str, Any]] = json.loads(folders.sweep.read_text())["trials"]
+    with naming(folders.sweep):
+        trials: list[dict[str, Any]] = json.loads(folders.sweep.read_text())["trials"]
     return trials
 
 

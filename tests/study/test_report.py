@@ -341,3 +341,24 @@ def test_a_damaged_file_of_needles_is_named(content: str, folders: Folders) -> N
     folders.needles(run).write_text(content)
     with pytest.raises(ConfigError, match=r"seed1-needles\.json: is no result of this study"):
         write_report(folders)
+
+
+@pytest.mark.parametrize("name", ["speed.json", "dense-16k-seed1-probes.json", "other.json"])
+def test_a_cut_file_or_a_folder_among_the_results_is_named(name: str, folders: Folders) -> None:
+    result(folders, Run("dense"), [4.0, 2.0], 1.0)
+    path = folders.results / name
+    for content in ('{"rows": {"den', "{}", "[]"):
+        path.write_text(content)
+        with pytest.raises(ConfigError, match=rf"{name}: is no result of this study"):
+            write_report(folders)
+    if name == "other.json":
+        path.unlink()
+        path.mkdir()
+        with pytest.raises(ConfigError, match=rf"{name}: is no result of this study"):
+            write_report(folders)
+
+
+def test_a_result_without_a_held_out_loss_is_named(folders: Folders) -> None:
+    result(folders, Run("dense"), [4.0, 2.0], 1.0, held_out=[])
+    with pytest.raises(ConfigError, match=r"dense-16k-seed1\.json: is no result of this study"):
+        write_report(folders)

@@ -68,3 +68,11 @@ def test_the_sweep_says_on_how_many_tokens_it_ran(folders: Folders) -> None:
     metadata.write(folders.train_data.with_name("train.json"))
     finish(folders, Trial(GRID[0]), 3.0)
     assert json.loads(folders.sweep.read_text())["data_tokens"] == 1234
+
+
+@pytest.mark.parametrize("content", ["", '{"trials": [', "{}"])
+def test_a_cut_result_of_the_sweep_is_named(content: str, folders: Folders) -> None:
+    folders.results.mkdir()
+    folders.sweep.write_text(content)
+    with pytest.raises(ConfigError, match=r"sweep\.json: is no result of this study.*Move the file away"):
+        sweep.chosen(folders)
