@@ -1,7 +1,7 @@
 """Collects a run's measurements in one small file, and reads these files."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from s2train.needles.scores import Score
 from s2train.study.files import Folders, naming
 from s2train.study.recall import Recall, recall_curve
 from s2train.study.settings import Recipe
-from s2train.study.variants import Run, counts_exactly
+from s2train.study.variants import PHASES, Run, counts_exactly
 from s2train.training.records import last_evaluation, read_records
 
 
@@ -151,7 +151,7 @@ def read_results(folders: Folders) -> list[Result]:
     """Read all results of a study, in order of file names.
 
     Raises:
-        ConfigError: there are none, or a file can't be read.
+        ConfigError: there are none, a file can't be read, or its content is not that of a run of its name.
     """
     skipped = {folders.sweep.name, folders.speed.name}
     paths = sorted(
@@ -162,7 +162,31 @@ def read_results(folders: Folders) -> list[Result]:
     if not paths:
         remedy = f"Run python launch/quality_study.py train VARIANT --root {folders.root}"
         raise ConfigError("root", folders.root, f"{folders.results} holds no results", remedy)
-    return [_read(folders, path) for path in paths]
+    results = [_read(folders, path) for path in paths]
+    _check_positions(dict(zip(paths, results, strict=True)))
+    return results
+
+
+def _check_run(path: Path, run: Run) -> None:
+    """Check that a file is named by its run.
+
+    A renamed copy would count as one more seed.
+    """
+    if path.stem != run.name:
+        raise ConfigError("root", path, f"holds the result of {run.name}", "Move it away, or give it that name")
+    if run.phase not in PHASES:
+        problem = f"is of phase {run.phase}, and this version has {', '.join(PHASES)}"
+        raise ConfigError("root", path, problem, "Move it away")
+
+
+def _check_positions(results: Mapping[Path, Result]) -> None:
+    """Check that all losses of a phase are of the same positions."""
+    first: dict[str, Path] = {}
+    for path, result in results.items():
+        other = first.setdefault(result.run.phase, path)
+        if [part[:2] for part in result.by_position] != [part[:2] for part in results[other].by_position]:
+            problem = f"its losses are of other positions than those of {other}"
+            raise ConfigError("root", path, problem, "Move one of the two away")
 
 
 def _read(folders: Folders, path: Path) -> Result:
@@ -183,6 +207,7 @@ def _read(folders: Folders, path: Path) -> Result:
             recall=tuple(Recall(**one) for one in content.get("recall", ())),
         )
         _ = result.loss
+    _check_run(path, result.run)
     probes, needles = folders.probes(result.run), folders.needles(result.run)
     with naming(probes):
         probed = _probes(json.loads(probes.read_text())) if probes.is_file() else None

@@ -362,3 +362,23 @@ def test_a_result_without_a_held_out_loss_is_named(folders: Folders) -> None:
     result(folders, Run("dense"), [4.0, 2.0], 1.0, held_out=[])
     with pytest.raises(ConfigError, match=r"dense-16k-seed1\.json: is no result of this study"):
         write_report(folders)
+
+
+def test_a_copy_of_a_result_is_no_further_seed(folders: Folders) -> None:
+    result(folders, run := Run("dense"), [4.0, 2.0], 1.0)
+    (folders.results / "dense-16k-seed1-copy.json").write_bytes(folders.result(run).read_bytes())
+    with pytest.raises(ConfigError, match=r"copy\.json: holds the result of dense-16k-seed1\. Move it away"):
+        read_results(folders)
+
+
+def test_a_result_of_an_unknown_phase_is_named(folders: Folders) -> None:
+    result(folders, Run("dense", "17k"), [4.0, 2.0], 1.0)
+    with pytest.raises(ConfigError, match=r"dense-17k-seed1\.json: is of phase 17k, and this version has 16k, "):
+        write_report(folders)
+
+
+def test_losses_of_other_positions_are_named(folders: Folders) -> None:
+    result(folders, Run("dense"), [4.0, 2.0], 1.0)
+    result(folders, Run("dense", seed=2), [4.0, 2.0], 1.0, by_position=[[0, 64, 1.0]])
+    with pytest.raises(ConfigError, match=r"seed2\.json: its losses are of other positions than those of .*seed1"):
+        write_report(folders)
