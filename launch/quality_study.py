@@ -41,7 +41,7 @@ from s2train.study.files import Folders, check_corpus, check_data, check_held_ou
 from s2train.study.needles import needle_command, save_needles
 from s2train.study.plan import plan_table
 from s2train.study.report import write_report
-from s2train.study.results import check_same_gpus, note_sharing, save_result, was_shared
+from s2train.study.results import check_result, check_same_gpus, note_sharing, save_result, was_shared
 from s2train.study.settings import (
     SET_IN_EVALUATION,
     Recipe,
@@ -181,10 +181,11 @@ def train(
     Args:
         shared_gpu: whether other programs run on its GPU. A run that began so counts as shared ever after.
     Raises:
-        ConfigError: data or the earlier run are missing, a setting is the study's, or the run was trained with other
-            settings or on another number of GPUs.
+        ConfigError: data or the earlier run are missing, a setting is the study's, or the run was trained with another
+            recipe or other settings, or on another number of GPUs.
     """
     if folders.result(run).is_file():
+        check_result(folders, run, recipe)
         print(f"{run.name}: there is a result, {folders.result(run)}")
         return
     own = train_settings(folders, run, recipe, gpus)

@@ -155,11 +155,17 @@ def _gpus(own: Sequence[Group]) -> list[str]:
 
 
 def _not_comparable(own: Sequence[Group]) -> list[str]:
-    """Say which losses and probes are of different texts.
+    """Say which losses and probes are of different recipes or texts.
 
     Results of several roots may be joined.
     """
-    results, said = [result for group in own for result in group.results], []
+    results, said = [result for group in own for result in group.results], list[str]()
+    if len({result.recipe for result in results}) > 1:
+        by_recipe: dict[str, list[str]] = {}
+        for result in results:
+            by_recipe.setdefault(recipes([result.recipe], 1.0), []).append(result.run.name)
+        fewest = min(by_recipe, key=lambda one: len(by_recipe[one]))
+        said.append(f"Runs have several recipes, and are not comparable ({fewest}: {', '.join(by_recipe[fewest])}).")
     counts = {count for result in results if (count := result.summary.held_out_tokens) is not None}
     if len(counts) > 1:
         sizes = ", ".join(f"{count:,}" for count in sorted(counts))

@@ -70,6 +70,25 @@ def note_sharing(folders: Folders, run: Run, is_shared: bool) -> None:
         note.unlink(missing_ok=True)
 
 
+def check_result(folders: Folders, run: Run, recipe: Recipe) -> None:
+    """Check that a run's result is of this recipe.
+
+    Raises:
+        ConfigError: it is of another, or the file can't be read.
+    """
+    path = folders.result(run)
+    with naming(path):
+        made = Recipe(**json.loads(path.read_text())["recipe"])
+    if made != recipe:
+        option, value, before = next(
+            (f"--{name.replace('_', '-')}", now, then)
+            for (name, now), then in zip(asdict(recipe).items(), asdict(made).values(), strict=True)
+            if now != then
+        )
+        remedy = f"Give its --lr {made.lr:g} --batch-tokens {made.batch_tokens}, or set another root"
+        raise ConfigError(option, value, f"{path} is of a run with {before}", remedy)
+
+
 def check_same_gpus(folders: Folders, run: Run, gpus: int) -> None:
     """Check that a run began on this number of GPUs.
 

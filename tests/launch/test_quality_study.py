@@ -289,6 +289,16 @@ def test_a_run_that_resumes_a_start_on_a_shared_gpu_counts_as_shared(
     assert json.loads(folders.result(trained).read_text())["shared_gpu"] == is_shared
 
 
+def test_a_result_of_another_recipe_is_not_taken_for_the_run(study: dict[str, Any], tmp_path: Path) -> None:
+    folders, trained = Folders(tmp_path, ROOT / "launch"), Run("dense")
+    write_json(folders.result(trained), {"recipe": {"lr": 6e-4, "batch_tokens": 1 << 17}})
+    study["train"](folders, trained, Recipe(6e-4, 1 << 17), 1, [], None)
+    with pytest.raises(ConfigError, match=r"--lr=0\.001: .*is of a run with 0\.0006\. Give its --lr 0\.0006 "):
+        study["train"](folders, trained, Recipe(1e-3, 1 << 17), 1, [], None)
+    with pytest.raises(ConfigError, match=r"--batch-tokens=262144: .*is of a run with 131072"):
+        study["train"](folders, trained, Recipe(6e-4, 1 << 18), 1, [], None)
+
+
 def test_runs_that_start_together_make_their_documents_once(study: dict[str, Any], tmp_path: Path) -> None:
     folders, made = Folders(tmp_path, ROOT / "launch"), list[str]()
     folders.data.mkdir()

@@ -382,3 +382,14 @@ def test_losses_of_other_positions_are_named(folders: Folders) -> None:
     result(folders, Run("dense", seed=2), [4.0, 2.0], 1.0, by_position=[[0, 64, 1.0]])
     with pytest.raises(ConfigError, match=r"seed2\.json: its losses are of other positions than those of .*seed1"):
         write_report(folders)
+
+
+def test_runs_of_several_recipes_are_said_not_to_be_comparable(folders: Folders) -> None:
+    for variant in ("dense", "hybrid", "window"):
+        result(folders, Run(variant), [4.0, 2.0], 1.0)
+    text, *_ = write_report(folders)
+    assert "several recipes" not in text.read_text()
+    result(folders, Run("window"), [4.0, 2.0], 1.0, recipe={"lr": 2e-3, "batch_tokens": 100})
+    write_report(folders)
+    said = "several recipes, and are not comparable (learning rate 0.002, 100 tokens a step: window-16k-seed1)."
+    assert said in text.read_text()
