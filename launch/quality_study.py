@@ -199,6 +199,8 @@ def train(
         if others := sorted(start.parent.glob("iter_*")):
             problem = f"{run.name} starts from {start}, and only {others[-1].name} is there"
             remedy += ", or set the --batch-tokens that it was trained with"
+        elif folders.result(run.before).is_file():  # with which it is not trained again
+            problem, remedy = _without_weights(folders, run.before)
         raise ConfigError("phase", run.phase, problem, remedy)
     shared_gpu = shared_gpu or was_shared(folders, run)
     if not shared_gpu:
@@ -223,6 +225,13 @@ def train(
         shared_gpu=shared_gpu,
     )
     print(path)
+
+
+def _without_weights(folders: Folders, run: Run) -> tuple[str, str]:
+    """Problem and remedy of a result without a checkpoint."""
+    problem = f"the result of {run.name} is here, and its weights are not"
+    remedy = f"Copy {folders.run(run)} from where it was trained, or delete {folders.result(run)} and train it again"
+    return problem, remedy
 
 
 def evaluate(folders: Folders, run: Run, settings: Sequence[str], deadline: Deadline) -> None:
@@ -250,6 +259,8 @@ def evaluate(folders: Folders, run: Run, settings: Sequence[str], deadline: Dead
         which = f"{run.variant} --phase {run.phase} --seed {run.seed} --root {folders.root}"
         remedy = f"Train it first: python launch/quality_study.py train {which}"
         raise ConfigError("variant", run.variant, f"{run.name} is not trained", remedy)
+    if not any((folders.run(run) / "checkpoints").glob("iter_*")):
+        raise ConfigError("variant", run.variant, *_without_weights(folders, run))
     command = needle_command(folders, run) if needles else probes_command(folders, run)
     deadline.run([*command, *settings], folders.root / "programs.jsonl")
     if needles:

@@ -236,6 +236,25 @@ def test_a_run_whose_start_had_another_batch_is_not_called_untrained(
         study["train"](folders, needles, Recipe(1e-3, 1 << 18), 1, [], None)
 
 
+@pytest.mark.parametrize("action", [["train", "dense", "--phase", "16k-needles"], ["evaluate", "dense"]])
+def test_a_result_whose_weights_are_elsewhere_is_not_called_untrained(
+    study: dict[str, Any],
+    action: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("check_data", "check_held_out", "check_same_split"):
+        monkeypatch.setitem(study["train"].__globals__, name, lambda _: None)
+    folders = Folders(tmp_path, ROOT / "launch")
+    write_json(folders.result(Run("dense")), {"recipe": {"lr": 1e-3, "batch_tokens": 1 << 17}})
+    with pytest.raises(SystemExit):
+        study["main"]([*action, "--root", str(tmp_path), "--lr", "1e-3", "--batch-tokens", str(1 << 17)])
+    error = capsys.readouterr().err
+    assert "the result of dense-16k-seed1 is here, and its weights are not. Copy " in error
+    assert error.count("error: ") == 1
+
+
 def test_a_trained_run_is_not_recorded_under_another_recipe_or_number_of_gpus(
     study: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
