@@ -69,6 +69,7 @@ def read_request(cfg: ProbesConfig, world_size: int, hardware: Hardware) -> Requ
     check_one_model(cfg.tp, world_size)
     found.check_decoding(cfg.tp)
     found.check_length(max(cfg.lengths), "lengths", list(cfg.lengths))
+    found.warn_beyond_training(max(cfg.lengths))
     output = checkpoint.parent.parent / "probes.json" if cfg.output is None else cfg.output
     output = check_output(output, cfg.overwrite, such="runs/probes.json")
     tokenizer = found.tokenizer(cfg.tokenizer)

@@ -1,0 +1,33 @@
+"""The probes check what they ask before they use a device."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from s2train.config import ProbesConfig
+from s2train.environment.hardware import Hardware
+from s2train.errors import ConfigError
+from s2train.probes.evaluate_checkpoint import Request, read_request
+from tests.needles.test_request import save
+from tests.probes.source_text import source
+
+CPU = Hardware("CPU", "cpu", 1 << 30)
+
+
+def read(folder: Path, content: str, **settings: Any) -> Request:
+    """Read a request to a run on bytes that was trained at 512 tokens."""
+    text = folder / "text.jsonl"
+    text.write_text(json.dumps({"text": content}) + "\n")
+    return read_request(ProbesConfig(str(save(folder / "run")), str(text), **settings), 1, CPU)
+
+
+@pytest.mark.parametrize("length", [512, 1024])
+def test_lengths_beyond_the_trained_one_are_warned_of(
+    length: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    behind = length * 6 // 512
+    assert read(tmp_path, source(1, 10 * behind, behind), lengths=[length]).completions[length]
+    warning = "warning: up to 1,024 tokens; the model was trained on 512\n"
+    assert capsys.readouterr().err == (warning if length > 512 else "")
