@@ -3,6 +3,7 @@
 import hashlib
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,14 +19,14 @@ from s2train.data.tokenizers import Tokenizer
 from s2train.distributed.ranks import is_rank_0, world_size
 from s2train.environment.hardware import Hardware, detect_own
 from s2train.environment.provenance import environment
-from s2train.errors import ConfigError
+from s2train.errors import ConfigError, as_typed
 from s2train.files import check_output, write_json
 from s2train.inference.generation import generate
 from s2train.megatron.setup import initialize, shutdown
 from s2train.needles.results import weights_fingerprint
 from s2train.planning.checks import check_attention_backend
 from s2train.probes.completion import NEAREST, Completion, find_completions, score
-from s2train.probes.documents import held_out_documents
+from s2train.probes.documents import SHORTEST, Document, held_out_documents
 from s2train.probes.recurrence import Passage, by_distance, choose_sequences, measure
 from s2train.validation.division import check_one_model
 from s2train.validation.values import check_seed
@@ -75,15 +76,31 @@ def read_request(cfg: ProbesConfig, world_size: int, hardware: Hardware) -> Requ
     tokenizer = found.tokenizer(cfg.tokenizer)
     documents = held_out_documents(cfg, tokenizer)
     completions = {length: find_completions(documents, length, cfg.trials, cfg.seed) for length in sorted(cfg.lengths)}
-    for length, chosen in completions.items():
-        if not chosen:
-            problem = "the text holds no identifier that is defined once and used so far behind"
-            raise ConfigError("lengths", length, problem, "Set shorter lengths, or a text with longer documents")
+    _check_found(cfg, documents, completions)
     passages = choose_sequences(documents, max(cfg.lengths), cfg.sequences, cfg.seed)
     if not passages:
         problem = "no part of the text that long holds a rare identifier twice"
         raise ConfigError("lengths", max(cfg.lengths), problem, "Set shorter lengths, or a text with longer documents")
     return Request(checkpoint, trained, tokenizer, completions, passages, output)
+
+
+def _check_found(
+    cfg: ProbesConfig, documents: Sequence[Document], completions: Mapping[int, Sequence[Completion]]
+) -> None:
+    """Check that the text holds an identifier to complete at every length."""
+    lacking = [length for length, chosen in completions.items() if not chosen]
+    if not lacking:
+        return
+    if not any(document.occurrences for document in documents):
+        problem = f"holds no identifier of {SHORTEST} characters or more"
+        raise ConfigError("text", cfg.text, problem, "Set a text of source code")
+    named = " and ".join(f"{length:,}" for length in lacking)
+    problem = f"the text holds no identifier that is defined once and used {named} tokens behind, less up to 30 %"
+    longest = max(len(document.ids) for document in documents)
+    other = f"a text with more or longer documents than these, of up to {longest:,} tokens"
+    usable = [length for length in cfg.lengths if length not in lacking]
+    remedy = f"Set lengths={as_typed(usable)}, or {other}" if usable else f"Set other lengths, or {other}"
+    raise ConfigError("lengths", list(cfg.lengths), problem, remedy)
 
 
 def evaluate(cfg: ProbesConfig) -> dict[str, Any]:
