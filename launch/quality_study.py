@@ -7,7 +7,7 @@ python launch/quality_study.py plan                    tokens, predicted and mea
 python launch/quality_study.py train hybrid window     one run per variant, one after the other
 python launch/quality_study.py evaluate hybrid         long-range probes of a trained run; 16k-needles: needle tasks
 python launch/quality_study.py report                  tables, pictures and verdicts of all results
-                      each: --root runs/quality  --minutes 9; of a variant: --phase 16k  --seed 1  --gpu 0
+                      each: --root runs/quality  --minutes 9  --gpu 0; of a variant: --phase 16k  --seed 1
                       train --shared-gpu: other programs run on this GPU, so the run's times are not reported
 
 Run an action again to resume it where it stopped, as it does when --minutes are over. Runs whose result is in
@@ -18,6 +18,7 @@ compared, such as train.steps, are rejected.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -276,7 +277,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=9)
     parser.add_argument("--phase", help=f"{', '.join(PHASES)}; default: {sweep.PHASE}; plan: all of its model")
     parser.add_argument("--seed", type=int, default=SEEDS[0])
-    parser.add_argument("--gpu", default="0", help="devices of this run, such as 0 or 0,1")
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    text = "devices of this run, such as 0 or 0,1; '' for the CPU; default: the first of CUDA_VISIBLE_DEVICES, or 0"
+    parser.add_argument("--gpu", default=first, help=text)
     parser.add_argument("--tree", type=Path, help="source tree to make the corpus of")
     parser.add_argument("--lr", type=float, help="learning rate, in place of the sweep's choice")
     parser.add_argument("--batch-tokens", type=int, help="tokens of a step, in place of the sweep's choice")
@@ -291,6 +294,9 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"{given.action} takes {'no variant' if variants else 'one variant or more'}")
     if given.shared_gpu and given.action != "train":
         parser.error(f"{given.action} takes no --shared-gpu")
+    devices = given.gpu.split(",")
+    if len(set(devices)) < len(devices) or ("" in devices and len(devices) > 1):
+        parser.error(f"--gpu {given.gpu} names a device twice, or an empty one: name each once, as in --gpu 0,1")
     if (given.lr is None) != (given.batch_tokens is None):
         parser.error("--lr and --batch-tokens belong together")
     schema = CorpusConfig if given.action == "data" else PretrainConfig

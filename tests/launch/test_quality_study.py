@@ -72,6 +72,8 @@ def tree(tmp_path: Path) -> Path:
         (["plan", "seed=2"], "plan takes no settings"),
         (["train", "hybrid", "--lr", "1e-3"], "--lr and --batch-tokens belong together"),
         (["report", "--shared-gpu"], "report takes no --shared-gpu"),
+        (["train", "hybrid", "--gpu", "0,"], "names a device twice, or an empty one"),
+        (["train", "hybrid", "--gpu", "0,0"], "names a device twice, or an empty one"),
     ],
 )
 def test_arguments_that_an_action_would_not_use_are_rejected(
@@ -306,6 +308,33 @@ def test_a_run_that_resumes_a_start_on_a_shared_gpu_counts_as_shared(
         study["train"](folders, trained, recipe, 1, [], Interrupted(), shared_gpu=True)
     study["train"](folders, trained, recipe, 1, [], Finished())
     assert json.loads(folders.result(trained).read_text())["shared_gpu"] == is_shared
+
+
+@pytest.mark.parametrize(
+    ("visible", "given", "used"),
+    [(None, [], "0"), ("3,4", [], "3"), ("3,4", ["--gpu", "4"], "4"), ("", [], ""), (None, ["--gpu", ""], "")],
+)
+def test_a_run_takes_the_first_visible_device(
+    study: dict[str, Any],
+    visible: str | None,
+    given: list[str],
+    used: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    devices: list[str] = []
+
+    def start(minutes: float, environment: dict[str, str]) -> None:
+        devices.append(environment["CUDA_VISIBLE_DEVICES"])
+
+    monkeypatch.setitem(study["main"].__globals__, "Deadline", start)
+    write_json(tmp_path / "results" / "dense-16k-seed1-probes.json", {})
+    study["main"](["evaluate", "dense", "--root", str(tmp_path), *given])
+    assert devices == [used]
 
 
 def test_a_result_of_another_recipe_is_not_taken_for_the_run(study: dict[str, Any], tmp_path: Path) -> None:
