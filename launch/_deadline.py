@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import ArgumentTypeError
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,18 @@ from typing import Any
 
 _LEAST_SECONDS = 40  # to start, do something and save
 _OVER = "time limit reached; the same command resumes"
+
+
+def minutes(text: str) -> float:
+    """Parse an option's time limit.
+
+    Raises:
+        ArgumentTypeError: nothing could start in it.
+    """
+    value = float(text)  # argparse reports a ValueError
+    if not 60 * value > _LEAST_SECONDS:
+        raise ArgumentTypeError(f"{text} is too short to start anything, and would be so again: give 1 or more")
+    return value
 
 
 class Deadline:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import _surroundings  # noqa: F401 (prints why the rest can't start)
 
-from _deadline import Deadline
+from _deadline import Deadline, minutes
 
 from s2train.command_line.program import run_command, settings_before_options
 from s2train.semsa.frontier_points import TRAINED
@@ -37,7 +37,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--draws", type=int, default=1, help="random layouts at each density; default: 1")
     parser.add_argument("--steps", type=int, default=200, help="further steps of each run; default: 200")
     parser.add_argument("--gpu", help="device of the runs; default: as CUDA_VISIBLE_DEVICES says")
-    parser.add_argument("--minutes", type=float, default=9, help="stop then, with a checkpoint saved; default: 9")
+    parser.add_argument("--minutes", type=minutes, default=9, help="stop then, with a checkpoint saved; default: 9")
     given = parser.parse_args(settings_before_options(sys.argv[1:] if words is None else words))
     run_command(lambda: continue_layouts(given))
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import _surroundings  # noqa: F401 (prints why the rest can't start)
 
-from _deadline import Deadline
+from _deadline import Deadline, minutes
 from rich.console import Console
 from rich.table import Table
 
@@ -265,7 +265,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("action", choices=("plan", "data", "train", "evaluate", "curve", "extend"))
     parser.add_argument("variant", choices=VARIANTS, nargs="?", default="hybrid")
     parser.add_argument("--root", type=Path, default=Path("runs/needle"))
-    parser.add_argument("--minutes", type=float, default=9)  # saving may take longer
+    parser.add_argument("--minutes", type=minutes, default=9)  # saving may take longer
     parser.add_argument("--longest", type=int, default=PHASES[-1].length, help="skip longer phases")
     given, settings = parser.parse_known_args(arguments)
     if wrong := [setting for setting in settings if "=" not in setting or setting.startswith("-")]:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import _surroundings  # noqa: F401 (prints why the rest can't start)
 
-from _deadline import Deadline
+from _deadline import Deadline, minutes
 from filelock import FileLock
 from rich.console import Console
 
@@ -274,7 +274,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("action", choices=ACTIONS)
     parser.add_argument("words", nargs="*", metavar="VARIANT", help="variants, and settings of the program started")
     parser.add_argument("--root", type=Path, default=Path("runs/quality"))
-    parser.add_argument("--minutes", type=float, default=9)
+    parser.add_argument("--minutes", type=minutes, default=9)
     parser.add_argument("--phase", help=f"{', '.join(PHASES)}; default: {sweep.PHASE}; plan: all of its model")
     parser.add_argument("--seed", type=int, default=SEEDS[0])
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]

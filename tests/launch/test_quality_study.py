@@ -72,6 +72,8 @@ def tree(tmp_path: Path) -> Path:
         (["plan", "seed=2"], "plan takes no settings"),
         (["train", "hybrid", "--lr", "1e-3"], "--lr and --batch-tokens belong together"),
         (["report", "--shared-gpu"], "report takes no --shared-gpu"),
+        (["train", "hybrid", "--minutes", "0.5"], "0.5 is too short to start anything"),
+        (["train", "hybrid", "--minutes", "nan"], "nan is too short to start anything"),
         (["train", "hybrid", "--gpu", "0,"], "names a device twice, or an empty one"),
         (["train", "hybrid", "--gpu", "0,0"], "names a device twice, or an empty one"),
     ],
