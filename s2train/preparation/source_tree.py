@@ -13,7 +13,9 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import NoReturn
 
 from s2train.config import CorpusConfig
 from s2train.distributed.worker_pool import worker_pool
@@ -79,7 +81,8 @@ def make_corpus(cfg: CorpusConfig) -> Corpus:
     corpus as it was.
 
     Raises:
-        ConfigError: no tree, no text in it, settings out of range, an empty held-out part, or an output that exists.
+        ConfigError: no tree, a part of it that can't be read, no text in it, settings out of range, an empty held-out
+            part, or an output that exists.
     """
     _check(cfg)
     tree, output = Path(cfg.tree), Path(cfg.output)
@@ -129,12 +132,21 @@ def _paths(tree: Path, suffixes: tuple[str, ...]) -> Iterator[str]:
 
     Their suffix or full name is in `suffixes`. Links are not followed, hidden folders (.git, .venv) not read.
     """
-    for folder, folders, names in os.walk(tree):
+    for folder, folders, names in os.walk(tree, onerror=partial(_reject, str(tree))):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             path = Path(folder) / name
             if (path.suffix in suffixes or name in suffixes) and path.is_file() and not path.is_symlink():
                 yield path.relative_to(tree).as_posix()
+
+
+def _reject(tree: str, error: OSError) -> NoReturn:
+    """Reject a tree of which a part can't be read.
+
+    Without it, the corpus would be another.
+    """
+    problem = f"{error.filename} can't be read ({error.strerror})"
+    raise ConfigError("tree", tree, problem, "Make it readable, or move it out of the tree") from error
 
 
 def _kept(tree: Path, paths: Sequence[str], cfg: CorpusConfig) -> tuple[list[_File], Counter[str]]:
@@ -172,7 +184,10 @@ def _kept(tree: Path, paths: Sequence[str], cfg: CorpusConfig) -> tuple[list[_Fi
 def _read(tree: str, path: str) -> _File:
     if not path.isprintable():  # its name stands in the document; undecodable bytes are surrogates here
         return _File(path, "unprintable name")
-    content = (Path(tree) / path).read_bytes()
+    try:
+        content = (Path(tree) / path).read_bytes()
+    except OSError as error:
+        _reject(tree, error)
     if not content.strip():
         return _File(path, "empty")
     try:

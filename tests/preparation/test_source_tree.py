@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import random
@@ -133,6 +134,22 @@ def test_names_that_are_no_text_are_dropped(tree: Path) -> None:
     made, train, _ = run(tree, held_out=["net/core"])
     assert made.dropped == {"unprintable name": 1}
     assert "\udcff" not in train["fs/b"]
+
+
+@pytest.mark.parametrize(("name", "call"), [("fs/a/x.c", "read_bytes"), ("fs/b", "scandir")])
+def test_a_part_that_can_not_be_read_is_named(
+    tree: Path, name: str, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(path: Path | str) -> Any:
+        if Path(path) == tree / name:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return original(path)
+
+    owner: Any = Path if call == "read_bytes" else os
+    original = getattr(owner, call)
+    monkeypatch.setattr(owner, call, denied)
+    with pytest.raises(ConfigError, match=rf"{name} can't be read \(Permission denied\)\. Make it readable"):
+        run(tree, held_out=["mm"])
 
 
 def test_pipes_are_not_read(tree: Path) -> None:
