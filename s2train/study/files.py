@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from s2train.data.indexed import read_metadata
 from s2train.errors import ConfigError
 from s2train.preparation.source_tree import DESCRIPTION, HELD_OUT, TRAIN
 from s2train.study.variants import Run
@@ -152,6 +153,21 @@ def _split(description: Path) -> dict[str, Any]:
     settings = content.get("settings", {})
     kept = {name: value for name, value in settings.items() if name not in ("tree", "output", "workers")}
     return content | {"settings": kept}
+
+
+def read_texts(folders: Folders) -> dict[str, str] | None:
+    """Fingerprint the texts and the tokenizer of the data.
+
+    None if they are not recorded.
+    """
+    found = {path.name: read_metadata(str(path)) for path in (folders.train_data, folders.held_out_data)}
+    texts = dict[str, str]()
+    for split, metadata in found.items():
+        if metadata is None:
+            return None
+        texts[split] = " ".join(sorted(metadata.sources.values()))
+        texts["tokenizer"] = metadata.fingerprint
+    return texts
 
 
 def check_data(folders: Folders) -> None:

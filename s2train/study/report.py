@@ -170,6 +170,9 @@ def _not_comparable(own: Sequence[Group]) -> list[str]:
     if len(counts) > 1:
         sizes = ", ".join(f"{count:,}" for count in sorted(counts))
         said.append(f"Held-out losses are over different numbers of tokens ({sizes}), and not comparable.")
+    texts = {tuple(sorted(result.texts.items())) for result in results if result.texts}
+    if len(texts) > 1:
+        said.append("Held-out losses are of runs on several texts or tokenizers, and not comparable.")
     probes = [result.probes for result in results if result.probes]
     if len({(one.get("text", {}).get("sha256"), one.get("tokenizer")) for one in probes}) > 1:
         said.append("Probes are of several texts or tokenizers, and not comparable.")

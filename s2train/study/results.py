@@ -11,7 +11,7 @@ from s2train.environment.provenance import environment
 from s2train.errors import ConfigError
 from s2train.files import write_json
 from s2train.needles.scores import Score
-from s2train.study.files import Folders, naming
+from s2train.study.files import Folders, naming, read_texts
 from s2train.study.recall import Recall, recall_curve
 from s2train.study.settings import Recipe
 from s2train.study.variants import PHASES, Run, counts_exactly
@@ -30,6 +30,7 @@ class Result:
         counts_exactly: whether the density is exact; else expected.
         shared_gpu: whether other programs ran on its GPU, so that its seconds and throughput mean nothing.
         device: GPU model; None in files that don't name it.
+        texts: fingerprints of both splits and the tokenizer; None in files that don't have them.
         recall: of selected blocks; empty without them.
         probes: content of RUN-probes.json; None: not probed.
         needles: scores of RUN-needles.json by task and length, over all depths; None: not asked for.
@@ -45,6 +46,7 @@ class Result:
     counts_exactly: bool = True
     shared_gpu: bool = False
     device: str | None = None
+    texts: dict[str, str] | None = None
     recall: tuple[Recall, ...] = ()
     probes: dict[str, Any] | None = None
     needles: dict[tuple[str, int], Score] | None = None
@@ -71,14 +73,15 @@ def note_sharing(folders: Folders, run: Run, is_shared: bool) -> None:
 
 
 def check_result(folders: Folders, run: Run, recipe: Recipe) -> None:
-    """Check that a run's result is of this recipe.
+    """Check that a run's result has this recipe and these texts.
 
     Raises:
-        ConfigError: it is of another, or the file can't be read.
+        ConfigError: it is of others, or the file can't be read.
     """
     path = folders.result(run)
     with naming(path):
-        made = Recipe(**json.loads(path.read_text())["recipe"])
+        content = json.loads(path.read_text())
+        made = Recipe(**content["recipe"])
     if made != recipe:
         option, value, before = next(
             (f"--{name.replace('_', '-')}", now, then)
@@ -87,6 +90,10 @@ def check_result(folders: Folders, run: Run, recipe: Recipe) -> None:
         )
         remedy = f"Give its --lr {made.lr:g} --batch-tokens {made.batch_tokens}, or set another root"
         raise ConfigError(option, value, f"{path} is of a run with {before}", remedy)
+    texts, here = content.get("texts"), read_texts(folders)
+    if texts and here and texts != here:
+        problem = f"{path} is of a run on other texts than those in {folders.data}"
+        raise ConfigError("root", folders.root, problem, "Move the file away, or set another root")
 
 
 def check_same_gpus(folders: Folders, run: Run, gpus: int) -> None:
@@ -159,6 +166,7 @@ def save_result(
         "by_position": last["held_out_loss_by_position"],
         "recall": [asdict(one) for one in recall_curve(records)],
         "settings": list(settings),
+        "texts": read_texts(folders),
         "environment": environment(),
     }
     path = folders.result(run)
@@ -223,6 +231,7 @@ def _read(folders: Folders, path: Path) -> Result:
             counts_exactly=content.get("counts_exactly", True),
             shared_gpu=content.get("shared_gpu", False),
             device=content.get("environment", {}).get("device"),
+            texts=content.get("texts"),
             recall=tuple(Recall(**one) for one in content.get("recall", ())),
         )
         _ = result.loss

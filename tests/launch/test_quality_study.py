@@ -349,6 +349,22 @@ def test_a_result_of_another_recipe_is_not_taken_for_the_run(study: dict[str, An
         study["train"](folders, trained, Recipe(6e-4, 1 << 18), 1, [], None)
 
 
+def test_a_result_of_other_texts_is_not_taken_for_the_run(study: dict[str, Any], tmp_path: Path) -> None:
+    folders, trained, recipe = Folders(tmp_path, ROOT / "launch"), Run("dense"), Recipe(6e-4, 1 << 17)
+    folders.data.mkdir()
+    for split in ("train", "held-out"):
+        Metadata("name", "print", 257, 9, 1, 1.0, {"text": split}).write(folders.data / f"{split}.json")
+    texts = {"train": "train", "held-out": "held-out", "tokenizer": "print"}
+    for known in ({}, {"texts": None}, {"texts": texts}):
+        write_json(folders.result(trained), {"recipe": {"lr": 6e-4, "batch_tokens": 1 << 17}, **known})
+        study["train"](folders, trained, recipe, 1, [], None)
+    write_json(
+        folders.result(trained), {"recipe": {"lr": 6e-4, "batch_tokens": 1 << 17}, "texts": texts | {"train": "x"}}
+    )
+    with pytest.raises(ConfigError, match=r"dense-16k-seed1\.json is of a run on other texts than those in .*/data"):
+        study["train"](folders, trained, recipe, 1, [], None)
+
+
 def test_runs_that_start_together_make_their_documents_once(study: dict[str, Any], tmp_path: Path) -> None:
     folders, made = Folders(tmp_path, ROOT / "launch"), list[str]()
     folders.data.mkdir()

@@ -393,3 +393,14 @@ def test_runs_of_several_recipes_are_said_not_to_be_comparable(folders: Folders)
     write_report(folders)
     said = "several recipes, and are not comparable (learning rate 0.002, 100 tokens a step: window-16k-seed1)."
     assert said in text.read_text()
+
+
+def test_runs_on_several_texts_are_said_not_to_be_comparable(folders: Folders) -> None:
+    texts = {"train": "a", "held-out": "b", "tokenizer": "c"}
+    result(folders, Run("dense"), [4.0, 2.0], 1.0)  # of an earlier version, which did not record them
+    result(folders, Run("hybrid"), [4.0, 2.0], 1.0, texts=texts)
+    text, *_ = write_report(folders)
+    assert "several texts" not in text.read_text()
+    result(folders, Run("window"), [4.0, 2.0], 1.0, texts=texts | {"train": "d"})
+    write_report(folders)
+    assert "Held-out losses are of runs on several texts or tokenizers, and not comparable." in text.read_text()
