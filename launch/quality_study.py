@@ -40,7 +40,7 @@ from s2train.study import speed, sweep
 from s2train.study.corpus import check_made_with
 from s2train.study.files import Folders, check_corpus, check_data, check_held_out, check_same_split, record_split
 from s2train.study.needles import needle_command, save_needles
-from s2train.study.plan import plan_table
+from s2train.study.plan import data_notes, plan_table
 from s2train.study.report import write_report
 from s2train.study.results import check_result, check_same_gpus, note_sharing, save_result, was_shared
 from s2train.study.settings import (
@@ -329,6 +329,8 @@ def act(given: argparse.Namespace, variants: Sequence[str], settings: Sequence[s
         note = " (the sweep has yet to choose lr, on which nothing below depends)" if swept else ""
         print(", ".join(f"{name} {value:,}" for name, value in asdict(planned).items()) + note)
         Console(width=120).print(plan_table(folders, planned, len(devices), given.device, own))
+        for note in data_notes(folders, planned, own):
+            print(note)
     elif given.action == "speed":
         for run in runs:
             measure_speed(folders, run, recipe_of(folders, phase, recipe), len(devices), settings, deadline)

@@ -1,15 +1,19 @@
 """Predicts tokens, seconds and memory of every run of the quality study."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
+import numpy as np
 from rich.table import Table
 
 from s2train.costs.memory import GIB
+from s2train.data.epochs import describe_epochs, training_epochs
+from s2train.data.indexed import read_document_lengths
 from s2train.planning import compose_run, hybrid_layout, make_plan
 from s2train.planning.targets import target_gpu
 from s2train.study import speed
 from s2train.study.files import Folders
-from s2train.study.settings import Recipe, train_settings
+from s2train.study.settings import HELD_OUT_TOKENS, Recipe, probed_lengths, train_settings
 from s2train.study.variants import PHASES, Run
 
 
@@ -38,3 +42,31 @@ def plan_table(folders: Folders, recipe: Recipe, gpus: int, device: str, runs: S
     counted = "all" if len(predicted) == len(runs) else f"{len(predicted)} of {len(runs)} runs"
     table.add_row(counted, "", "", "", f"{sum(predicted):,.0f}")
     return table
+
+
+def data_notes(folders: Folders, recipe: Recipe, runs: Sequence[Run]) -> list[str]:
+    """Say what the data are too small for.
+
+    The first line has how often the longest run reads the training split. There are none before the data, or for runs
+    that start from others.
+    """
+    paths = folders.train_data, folders.held_out_data
+    first = [run for run in runs if PHASES[run.phase].after is None]
+    if not first or not all(Path(f"{path}.idx").is_file() for path in paths):
+        return []
+    cfg = compose_run(train_settings(folders, max(first, key=lambda run: PHASES[run.phase].tokens), recipe))
+    samples = cfg.train.steps * cfg.train.global_batch_size
+    notes = describe_epochs(cfg.data, training_epochs(cfg.data, samples, cfg.train.seq_length))
+    lengths = read_document_lengths(str(folders.held_out_data))
+    if (count := int(lengths.sum(dtype=np.int64))) < HELD_OUT_TOKENS:
+        notes.append(
+            f"warning: an evaluation reads {HELD_OUT_TOKENS:,} held-out tokens, and there are {count:,}, which it "
+            "repeats. Hold out more, with held_out_share or held_out"
+        )
+    probed = max(probed_lengths(PHASES[run.phase].length)[-1] for run in first)
+    if (longest := int(lengths.max())) <= probed:
+        notes.append(
+            f"warning: `evaluate` probes {probed:,} tokens, and the longest held-out document has {longest:,}. Hold "
+            "out a larger subsystem, or set lengths=[…] of `evaluate`"
+        )
+    return notes

@@ -187,6 +187,11 @@ def run_documents(folders: Folders, run: Run, recipe: Recipe) -> list[Documents]
     return needle_documents(folders, phase, sequences_of(phase, recipe), steps_of(run, recipe)[1])
 
 
+def probed_lengths(length: int) -> list[int]:
+    """Return the lengths of the probes, up to the trained one."""
+    return [probed for probed in PROBED if probed <= length] or [length]
+
+
 def probes_command(folders: Folders, run: Run) -> list[str]:
     """Return the command that probes a run's last checkpoint."""
     length = PHASES[run.phase].length
@@ -194,6 +199,6 @@ def probes_command(folders: Folders, run: Run) -> list[str]:
         folders.program("probes.py"),
         f"checkpoint={folders.run(run)}",
         f"text={folders.held_out_text}",
-        f"lengths={[probed for probed in PROBED if probed <= length] or [length]}",
+        f"lengths={probed_lengths(length)}",
         f"output={folders.probes(run)}",
     ]
