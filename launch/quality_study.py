@@ -38,7 +38,15 @@ from s2train.files import check_writable
 from s2train.planning import compose_run
 from s2train.study import speed, sweep
 from s2train.study.corpus import check_made_with
-from s2train.study.files import Folders, check_corpus, check_data, check_held_out, check_same_split, record_split
+from s2train.study.files import (
+    Folders,
+    check_corpus,
+    check_data,
+    check_held_out,
+    check_root,
+    check_same_split,
+    record_split,
+)
 from s2train.study.needles import needle_command, save_needles
 from s2train.study.plan import data_notes, plan_table
 from s2train.study.report import write_report
@@ -310,6 +318,7 @@ def act(given: argparse.Namespace, variants: Sequence[str], settings: Sequence[s
         ConfigError: something is missing, or a file doesn't fit.
     """
     folders = Folders(given.root, Path(__file__).parent)
+    check_root(folders.root)
     if given.action != "plan":
         check_writable("root", folders.root)
     devices = given.gpu.split(",")
