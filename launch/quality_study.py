@@ -45,6 +45,7 @@ from s2train.study.files import (
     check_held_out,
     check_root,
     check_same_split,
+    check_tokenizer,
     record_split,
 )
 from s2train.study.needles import needle_command, save_needles
@@ -99,6 +100,7 @@ def make_data(folders: Folders, tree: Path | None, settings: Sequence[str], dead
         deadline.run([*corpus_command(folders, tree), *settings])
     check_corpus(folders)
     check_same_split(folders)
+    check_tokenizer(folders)
     record_split(folders)
     for index, command in data_commands(folders):
         if not index.is_file():

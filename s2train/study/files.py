@@ -194,7 +194,7 @@ def check_data(folders: Folders) -> None:
     Training needs the tokenized splits only: their text may be elsewhere.
 
     Raises:
-        ConfigError: data are missing, empty or of another split.
+        ConfigError: data or their tokenizer are missing, empty or of another split.
     """
     if not (folders.data / DESCRIPTION).is_file():
         check_corpus(folders)
@@ -203,3 +203,16 @@ def check_data(folders: Folders) -> None:
         if not prefix.with_name(prefix.name + ".idx").is_file():
             remedy = f"Run python launch/quality_study.py data --root {folders.root}"
             raise ConfigError("root", folders.root, f"{prefix}.idx is missing", remedy)
+    check_tokenizer(folders)
+
+
+def check_tokenizer(folders: Folders) -> None:
+    """Check that tokenized splits have their tokenizer.
+
+    Raises:
+        ConfigError: it is missing. One trained again may differ.
+    """
+    if not folders.tokenizer.is_file() and any(folders.data.glob("*.idx")):
+        problem = f"{folders.tokenizer} is missing, by which the data were made"
+        remedy = f"Copy it back, or delete {folders.data} and run `data` again"
+        raise ConfigError("root", folders.root, problem, remedy)

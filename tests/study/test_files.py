@@ -53,8 +53,17 @@ def test_training_needs_no_text_beside_the_tokenized_splits(folders: Folders) ->
     record_split(folders)
     for prefix in (folders.train_data, folders.held_out_data):
         prefix.with_name(prefix.name + ".idx").touch()
+    folders.tokenizer.touch()
     shutil.rmtree(folders.corpus)
     check_data(folders)
+
+
+def test_data_without_their_tokenizer_are_rejected(folders: Folders) -> None:
+    record_split(folders)
+    for prefix in (folders.train_data, folders.held_out_data):
+        prefix.with_name(prefix.name + ".idx").touch()
+    with pytest.raises(ConfigError, match=r"train-tokenizer\.json is missing.*Copy it back"):
+        check_data(folders)
 
 
 def test_a_tokenizer_that_is_there_is_used(folders: Folders) -> None:
