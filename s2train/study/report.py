@@ -1,5 +1,6 @@
 """Writes the quality study's report from its result files."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,13 +11,14 @@ from s2train.study.files import Folders
 from s2train.study.guidelines import guidelines_section
 from s2train.study.needle_table import needle_section
 from s2train.study.picture import draw_by_position
-from s2train.study.results import read_results
+from s2train.study.results import Result, read_results
 from s2train.study.speed_picture import draw_by_speed, with_speed
 from s2train.study.tables import UNKNOWN, recipes, spread, table
 from s2train.study.variants import PHASES, RUNS
 
 NAME = "quality"  # of report and pictures
 EARLY = 1024  # position after which the loss may still fall
+_SHARED = re.compile(r"(model|optim)\.(?!name$|trunk)")  # settings that all runs of a phase have alike
 RECALL_ROWS = 7  # steps in the table of recall
 
 
@@ -160,12 +162,15 @@ def _not_comparable(own: Sequence[Group]) -> list[str]:
     Results of several roots may be joined.
     """
     results, said = [result for group in own for result in group.results], list[str]()
-    if len({result.recipe for result in results}) > 1:
-        by_recipe: dict[str, list[str]] = {}
+    for what, of_result in (("recipes", _recipe), ("models or optimizers", _model)):
+        by_content: dict[str, list[str]] = {}
         for result in results:
-            by_recipe.setdefault(recipes([result.recipe], 1.0), []).append(result.run.name)
-        fewest = min(by_recipe, key=lambda one: len(by_recipe[one]))
-        said.append(f"Runs have several recipes, and are not comparable ({fewest}: {', '.join(by_recipe[fewest])}).")
+            by_content.setdefault(of_result(result), []).append(result.run.name)
+        if len(by_content) > 1:
+            fewest = min(by_content, key=lambda one: len(by_content[one]))
+            said.append(
+                f"Runs have several {what}, and are not comparable ({fewest}: {', '.join(by_content[fewest])})."
+            )
     counts = {count for result in results if (count := result.summary.held_out_tokens) is not None}
     if len(counts) > 1:
         sizes = ", ".join(f"{count:,}" for count in sorted(counts))
@@ -177,6 +182,16 @@ def _not_comparable(own: Sequence[Group]) -> list[str]:
     if len({(one.get("text", {}).get("sha256"), one.get("tokenizer")) for one in probes}) > 1:
         said.append("Probes are of several texts or tokenizers, and not comparable.")
     return said
+
+
+def _recipe(result: Result) -> str:
+    return recipes([result.recipe], 1.0)
+
+
+def _model(result: Result) -> str:
+    """Settings of model and optimizer that the runs of a phase share."""
+    words = dict(word.split("=", 1) for word in result.settings)  # a later word replaces an earlier one
+    return " ".join(f"{name}={value}" for name, value in sorted(words.items()) if _SHARED.match(name))
 
 
 def _by_position(own: Sequence[Group]) -> tuple[list[str], list[list[str]]]:

@@ -30,6 +30,7 @@ class Result:
         counts_exactly: whether the density is exact; else expected.
         shared_gpu: whether other programs ran on its GPU, so that its seconds and throughput mean nothing.
         device: GPU model; None in files that don't name it.
+        settings: of the program that trained it.
         texts: fingerprints of both splits and the tokenizer; None in files that don't have them.
         recall: of selected blocks; empty without them.
         probes: content of RUN-probes.json; None: not probed.
@@ -46,6 +47,7 @@ class Result:
     counts_exactly: bool = True
     shared_gpu: bool = False
     device: str | None = None
+    settings: tuple[str, ...] = ()
     texts: dict[str, str] | None = None
     recall: tuple[Recall, ...] = ()
     probes: dict[str, Any] | None = None
@@ -231,6 +233,7 @@ def _read(folders: Folders, path: Path) -> Result:
             counts_exactly=content.get("counts_exactly", True),
             shared_gpu=content.get("shared_gpu", False),
             device=content.get("environment", {}).get("device"),
+            settings=tuple(content.get("settings", ())),
             texts=content.get("texts"),
             recall=tuple(Recall(**one) for one in content.get("recall", ())),
         )

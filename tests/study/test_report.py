@@ -395,6 +395,18 @@ def test_runs_of_several_recipes_are_said_not_to_be_comparable(folders: Folders)
     assert said in text.read_text()
 
 
+def test_runs_of_several_models_are_said_not_to_be_comparable(folders: Folders) -> None:
+    shared = ["model.num_layers=16", "optim.lr=1e-3"]
+    for variant in ("dense", "hybrid", "window"):
+        result(folders, Run(variant), [4.0, 2.0], 1.0, settings=[*shared, f"model.name={variant}", "seed=1"])
+    text, *_ = write_report(folders)
+    assert "several models" not in text.read_text()
+    result(folders, Run("window"), [4.0, 2.0], 1.0, settings=[*shared, "model.num_layers=4"])
+    write_report(folders)
+    said = "several models or optimizers, and are not comparable (model.num_layers=4 optim.lr=1e-3: window-16k-seed1)."
+    assert said in text.read_text()
+
+
 def test_runs_on_several_texts_are_said_not_to_be_comparable(folders: Folders) -> None:
     texts = {"train": "a", "held-out": "b", "tokenizer": "c"}
     result(folders, Run("dense"), [4.0, 2.0], 1.0)  # of an earlier version, which did not record them
