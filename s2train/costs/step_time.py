@@ -254,7 +254,8 @@ class _Model:
         if self.cfg.train.recompute == "selective":
             return found + StepTime(recomputation=attention.forward)
         if self.cfg.train.recompute == "mlp":
-            third = (linear * mlp_parameters(model) / matmul + _MLP_SHARE * of_activations) / 3
+            outside = self.tokens * self._qk_norm()
+            third = (linear * mlp_parameters(model) / matmul + _MLP_SHARE * (of_activations - outside)) / 3
             return found + StepTime(recomputation=third, communication=waits.mlp)
         return found
 

@@ -398,6 +398,16 @@ def test_recomputing_the_mlp_repeats_its_products_and_no_attention() -> None:
     assert plain.time.communication < found[1].time.communication < whole.time.communication
 
 
+def test_only_full_recomputation_repeats_norms_of_queries_and_keys() -> None:
+    own = [*SEVEN, "elementwise=torch"]  # else they change how heads are rotated too
+    for name, more in (("mlp", False), ("full", True)):
+        without, normed = (
+            predicted(*own, f"train.recompute={name}", f"model.qk_norm={on}", processes=8) for on in ("false", "true")
+        )
+        assert normed.time.elementwise > without.time.elementwise
+        assert (normed.time.recomputation > 1.001 * without.time.recomputation) == more
+
+
 APART = ["parallel.overlap_grad_reduce=false"]
 CARD = 0.69 * 50e9  # bytes/s
 
