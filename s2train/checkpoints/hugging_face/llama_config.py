@@ -41,6 +41,8 @@ def llama_model(folder: WeightsFolder) -> ModelConfig:
     if names[0] not in _ARCHITECTURES:
         raise ConfigError("weights", folder.path, f"its architecture is {names[0]}", f"{_list()} can be imported")
     rope = rope_section(config, "rope_parameters", folder.path)  # transformers 5 has theta and scaling here
+    if names[0] == _QWEN3 and not config.get("use_sliding_window"):
+        config = config | {"sliding_window": None}  # without effect, as in transformers
     for name, values in _PLAIN.items():
         if name in config and config[name] not in values:
             raise ConfigError("weights", folder.path, f"config.json has {name}={as_typed(config[name])}", remedy)

@@ -17,9 +17,11 @@ from s2train.kernels.relative_error import relative_error
 
 from s2train.checkpoints.folders import read_config
 from s2train.checkpoints.hugging_face.folder import WeightsFolder, write_weights
+from s2train.checkpoints.hugging_face.llama_config import llama_model
 from s2train.checkpoints.hugging_face.modeling_s2 import S2Config, S2ForCausalLM
 from s2train.checkpoints.hugging_face.weights import llama_shapes
 from s2train.config import ModelConfig
+from s2train.errors import ConfigError
 from s2train.layouts.patterns.file import write_masks
 from tests.program import SMALL, Outcome, error_line, metrics, pretrain, run
 
@@ -255,7 +257,6 @@ def test_a_hybrid_run_starts_from_an_imported_llama(tmp_path: Path, processes: i
 def test_what_is_no_plain_llama_is_rejected(tmp_path: Path, changed: dict[str, Any], words: list[str]) -> None:
     from s2train.checkpoints.hugging_face.importing import import_llama
     from s2train.config import ImportConfig
-    from s2train.errors import ConfigError
 
     llama = write_llama(tmp_path / "llama", **changed)
     with pytest.raises(ConfigError) as rejected:
@@ -264,6 +265,17 @@ def test_what_is_no_plain_llama_is_rejected(tmp_path: Path, changed: dict[str, A
     assert all(word in str(rejected.value) for word in words), str(rejected.value)
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "conf").exists()
+
+
+def test_the_window_of_a_qwen3_counts_only_where_it_is_used(tmp_path: Path) -> None:
+    def shape(name: str, **changed: Any) -> ModelConfig:
+        return llama_model(WeightsFolder(write_llama(tmp_path / name, qk_norm=True, **changed), "weights"))
+
+    own = {"sliding_window": 4096, "max_window_layers": 2}
+    for name, used in (("unused", {"use_sliding_window": False}), ("unnamed", {})):
+        assert shape(name, **own, **used).qk_norm
+    with pytest.raises(ConfigError, match="sliding_window=4096"):
+        shape("used", **own, use_sliding_window=True)
 
 
 def test_a_hybrid_goes_out_and_comes_back_and_trains_on(tmp_path: Path) -> None:
