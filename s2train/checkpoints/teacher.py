@@ -42,7 +42,7 @@ def find_teacher(cfg: PretrainConfig, tokenizer: Tokenizer) -> Path | None:
             problem = (
                 f"{checkpoint} has {change.setting}={as_typed(change.before)}, and this run has {as_typed(change.now)}"
             )
-            raise ConfigError(named.setting, named.value, problem, "Name a run of a model with the same sizes and RoPE")
+            raise ConfigError(named.setting, named.value, problem, "Name a run of a model with the same shape and RoPE")
     _check_tokenizer(named, checkpoint, trained.data.tokenizer, tokenizer)
     if broken := damage(checkpoint):
         raise ConfigError(named.setting, checkpoint, broken, remedy_for_damage(checkpoint, named.setting))

@@ -36,7 +36,7 @@ def llama_model(folder: WeightsFolder) -> ModelConfig:
         ConfigError: not a plain Llama, Qwen3 or an export: another architecture, biases, rotation scaled in another way
             or a sliding window; except in an export also partial rotation.
     """
-    config, remedy = folder.config, "Only Llama's architecture without these can be imported"
+    config, remedy = folder.config, "Only models without it can be imported"
     names = config.get("architectures") or ["none"]
     if names[0] not in _ARCHITECTURES:
         raise ConfigError("weights", folder.path, f"its architecture is {names[0]}", f"{_list()} can be imported")
@@ -92,7 +92,8 @@ def check_weights(folder: WeightsFolder, model: ModelConfig) -> None:
     if model.tie_embeddings:
         extra -= {OUTPUT}  # a copy of the embedding
     if extra:
-        problem = f"it has weights that a plain Llama doesn't have, such as {min(extra)}"
+        kind = "Qwen3" if model.qk_norm else "Llama"
+        problem = f"it has weights that a plain {kind} doesn't have, such as {min(extra)}"
         raise ConfigError("weights", folder.path, problem, f"{_list()} without biases can be imported")
     for name, shape in expected.items():
         if name not in found:

@@ -247,6 +247,8 @@ def test_a_hybrid_run_starts_from_an_imported_llama(tmp_path: Path, processes: i
         ({"num_hidden_layers": "4"}, ["num_hidden_layers=4, not a number of its type", "Fix config.json"]),
         ({"num_hidden_layers": 3}, ["weights that a plain Llama doesn't have", "model.layers.3"]),
         ({"num_hidden_layers": 5}, ["it lacks model.layers.4"]),
+        ({"qk_norm": True, "num_hidden_layers": 3}, ["weights that a plain Qwen3 doesn't have", "model.layers.3"]),
+        ({"qk_norm": True, "attention_bias": True}, ["attention_bias=true", "Only models without it"]),
         ({"hidden_size": 72}, ["config.json says"]),
         ({"rope_theta": 0.5}, ["rope_theta=0.5"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5"]),
