@@ -8,6 +8,7 @@ from functools import cache
 
 from s2train.config import PretrainConfig
 from s2train.environment.imports import left_out
+from s2train.errors import message_line
 from s2train.kernels.verified import verified
 from s2train.kernels.versions import installed_version
 
@@ -39,8 +40,7 @@ def liger_problem() -> str | None:
             importlib.import_module("torch.distributed.tensor")  # it assumes that torch has imported it
             importlib.import_module("liger_kernel.ops")
     except Exception as error:  # wrong Triton version, missing module
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        return f"{PACKAGE} {release} can't be imported ({lines[0]})"
+        return f"{PACKAGE} {release} can't be imported ({message_line(error)})"
     return None
 
 
