@@ -84,20 +84,12 @@ class Problem:
         return slice(max(start, 0), min(start + self.block, self.s_q))
 
 
-@dataclass(frozen=True)
-class Inputs:
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    lse: Tensor
-    dout: Tensor
-    delta: Tensor
-
+class Inputs(EffectInputs):
     def cast(self, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
         """q, k, v, lse, dout, delta as the ops take them in a dtype; default: as they are."""
         precise = torch.promote_types(dtype or self.q.dtype, torch.float32)
-        q, k, v, dout = (x if dtype is None else x.to(dtype) for x in (self.q, self.k, self.v, self.dout))
-        return q, k, v, self.lse.to(precise), dout, self.delta.to(precise)
+        x = self if dtype is None else self.with_products_in(dtype)
+        return x.q, x.k, x.v, x.lse.to(precise), x.dout, x.delta.to(precise)
 
 
 CASES = {
