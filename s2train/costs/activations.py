@@ -88,9 +88,8 @@ def attention_gradients(
         more.append(max(sums, packed))
     if not all(by_fa4):
         sums = 0
-        if (
-            device_type == "cuda" and train.precision == "bf16"
-        ):  # dq; dk and dv of second pairs (kernels.hopper.shared_tiles)
+        if device_type == "cuda" and train.precision == "bf16":
+            # dq; dk and dv of second pairs (kernels.hopper.shared_tiles)
             sums = 4 * queries * (2 if cfg.layout.block_size == 64 and is_grouped else 1)
         more.append(sums + packed)
     return stream + 2 * queries * width + 2 * keys * width + max(more)

@@ -235,7 +235,8 @@ class _Model:
         model, tp = self.cfg.model, self.cfg.parallel.tp
         matmul = layer_parameters(model, layer).matmul
         linear = 6 * matmul / tp * self.tokens / self._products()
-        of_activations = self.tokens * self._elementwise() + self.tensor_parallel.copied() / self.bandwidth
+        around = self.tokens * self._elementwise() + self.tensor_parallel.copied() / self.bandwidth
+        of_activations = around + self.tokens * self._qk_norm()
         attention = self._attention(layer)
         exchange = self._context_parallel(layer)
         waits = self.tensor_parallel.layer()
@@ -254,8 +255,7 @@ class _Model:
         if self.cfg.train.recompute == "selective":
             return found + StepTime(recomputation=attention.forward)
         if self.cfg.train.recompute == "mlp":
-            outside = self.tokens * self._qk_norm()
-            third = (linear * mlp_parameters(model) / matmul + _MLP_SHARE * (of_activations - outside)) / 3
+            third = (linear * mlp_parameters(model) / matmul + _MLP_SHARE * around) / 3
             return found + StepTime(recomputation=third, communication=waits.mlp)
         return found
 
@@ -340,7 +340,7 @@ class _Model:
         return rate * self.product_share / slowdown(self.cfg.parallel)
 
     def _elementwise(self) -> float:
-        """Return seconds per token of a layer's elementwise work."""
+        """Return seconds per token of a layer's elementwise work, without `_qk_norm`."""
         cfg, model, parallel = self.cfg, self.cfg.model, self.cfg.parallel
         # Measured with transformer-engine's fused norms; FP8 adds its casts.
         share = (0.98 if cfg.fp8 != "none" else 0.61) if self.te else 1.0
@@ -357,7 +357,7 @@ class _Model:
             of_heads = _FUSED_SPLIT if self.impl.fuses_split(cfg) else _FUSED_ROTATION
             heads = of_heads * (model.num_attention_heads + 2 * model.num_query_groups) * head_dim(model)
         split = parallel.tp if parallel.sequence_parallel else 1
-        return ((swiglu + heads) / parallel.tp + sums / split) / self.memory + self._qk_norm()
+        return ((swiglu + heads) / parallel.tp + sums / split) / self.memory
 
     def _qk_norm(self) -> float:
         """Return seconds per token of the norms of queries and keys.
