@@ -270,7 +270,7 @@ def evaluate(folders: Folders, run: Run, settings: Sequence[str], deadline: Dead
         which = f"{run.variant} --phase {run.phase} --seed {run.seed} --root {folders.root}"
         remedy = f"Train it first: python launch/quality_study.py train {which}"
         raise ConfigError("variant", run.variant, f"{run.name} is not trained", remedy)
-    if not any((folders.run(run) / "checkpoints").glob("iter_*")):
+    if not folders.has_checkpoint(run):
         raise ConfigError("variant", run.variant, *_without_weights(folders, run))
     command = needle_command(folders, run) if needles else probes_command(folders, run)
     deadline.run([*command, *settings], folders.root / "programs.jsonl")

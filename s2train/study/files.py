@@ -77,6 +77,9 @@ class Folders:
     def run(self, run: Run) -> Path:
         return self.root / "runs" / run.name
 
+    def has_checkpoint(self, run: Run) -> bool:
+        return any((self.run(run) / "checkpoints").glob("iter_*"))
+
     def shared_gpu(self, run: Run) -> Path:
         return self.run(run) / "shared-gpu"
 

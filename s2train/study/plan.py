@@ -1,7 +1,6 @@
 """Predicts tokens, seconds and memory of every run of the quality study."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from rich.table import Table
@@ -13,7 +12,7 @@ from s2train.planning import compose_run, hybrid_layout, make_plan
 from s2train.planning.targets import target_gpu
 from s2train.study import speed
 from s2train.study.files import Folders
-from s2train.study.settings import HELD_OUT_TOKENS, Recipe, probed_lengths, train_settings
+from s2train.study.settings import HELD_OUT_TOKENS, Recipe, data_commands, probed_lengths, train_settings
 from s2train.study.variants import PHASES, Run
 
 
@@ -50,9 +49,8 @@ def data_notes(folders: Folders, recipe: Recipe, runs: Sequence[Run]) -> list[st
     The first line has how often the longest run reads the training split. There are none before the data, or for runs
     that start from others.
     """
-    paths = folders.train_data, folders.held_out_data
     first = [run for run in runs if PHASES[run.phase].after is None]
-    if not first or not all(Path(f"{path}.idx").is_file() for path in paths):
+    if not first or not all(index.is_file() for index, _ in data_commands(folders)):
         return []
     cfg = compose_run(train_settings(folders, max(first, key=lambda run: PHASES[run.phase].tokens), recipe))
     samples = cfg.train.steps * cfg.train.global_batch_size

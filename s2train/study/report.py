@@ -157,9 +157,9 @@ def _gpus(own: Sequence[Group]) -> list[str]:
 
 
 def _not_comparable(own: Sequence[Group]) -> list[str]:
-    """Say which losses and probes are of different recipes or texts.
+    """Say which losses and probes are not comparable.
 
-    Results of several roots may be joined.
+    They are of different recipes, models or texts. Results of several roots may be joined.
     """
     results, said = [result for group in own for result in group.results], list[str]()
     for what, of_result in (("recipes", _recipe), ("models or optimizers", _model)):

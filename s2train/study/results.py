@@ -118,8 +118,7 @@ def check_same_gpus(folders: Folders, run: Run, gpus: int) -> None:
 
 def _has_begun(folders: Folders, run: Run) -> bool:
     """Whether a run has a checkpoint to resume from, with its metrics."""
-    folder = folders.run(run)
-    return (folder / "metrics.jsonl").is_file() and any((folder / "checkpoints").glob("iter_*"))
+    return (folders.run(run) / "metrics.jsonl").is_file() and folders.has_checkpoint(run)
 
 
 def save_result(
