@@ -11,11 +11,12 @@ import hydra
 from omegaconf import DictConfig
 
 from s2train import config
+from s2train.checkpoints.hugging_face.config import ExportConfig, register
 from s2train.command_line.program import run_command, run_hydra
 from s2train.distributed.rendezvous import check_single_process
 from s2train.environment.apex import apex_available
 
-config.register()
+register()
 
 
 def export(composed: DictConfig) -> None:
@@ -40,4 +41,4 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_hydra(main, config.ExportConfig, __doc__)
+    run_hydra(main, ExportConfig, __doc__)

@@ -11,11 +11,12 @@ import hydra
 from omegaconf import DictConfig
 
 from s2train import config
+from s2train.checkpoints.hugging_face.config import ImportConfig, register
 from s2train.command_line.program import run_command, run_hydra
 from s2train.distributed.rendezvous import check_single_process
 from s2train.environment.apex import apex_available
 
-config.register()
+register()
 
 
 def import_weights(composed: DictConfig) -> None:
@@ -42,4 +43,4 @@ def main(composed: DictConfig) -> None:
 
 # Saving starts processes, which import this file again.
 if __name__ == "__main__":
-    run_hydra(main, config.ImportConfig, __doc__)
+    run_hydra(main, ImportConfig, __doc__)

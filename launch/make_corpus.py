@@ -9,7 +9,8 @@ import hydra
 from omegaconf import DictConfig
 
 from s2train.command_line.program import run_command, run_hydra
-from s2train.config import CorpusConfig, register, to_object
+from s2train.config import to_object
+from s2train.preparation.config import CorpusConfig, register
 
 register()
 

@@ -15,8 +15,9 @@ from omegaconf import DictConfig
 from s2train import config
 from s2train.command_line.program import run_command, run_hydra
 from s2train.environment.checks import check_process
+from s2train.needles.config import NeedleConfig, register
 
-config.register()
+register()
 
 
 def needle(composed: DictConfig) -> None:
@@ -35,4 +36,4 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_hydra(main, config.NeedleConfig, __doc__)
+    run_hydra(main, NeedleConfig, __doc__)

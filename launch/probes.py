@@ -13,8 +13,9 @@ from omegaconf import DictConfig
 from s2train import config
 from s2train.command_line.program import run_command, run_hydra
 from s2train.environment.checks import check_process
+from s2train.probes.config import ProbesConfig, register
 
-config.register()
+register()
 
 
 def probes(composed: DictConfig) -> None:
@@ -33,4 +34,4 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_hydra(main, config.ProbesConfig, __doc__)
+    run_hydra(main, ProbesConfig, __doc__)

@@ -32,10 +32,11 @@ from rich.console import Console
 
 from s2train.checkpoints.integrity import damage
 from s2train.command_line.program import run_command
-from s2train.config import CorpusConfig, PretrainConfig
+from s2train.config import PretrainConfig
 from s2train.errors import ConfigError
 from s2train.files import check_writable
 from s2train.planning import compose_run
+from s2train.preparation.config import CorpusConfig
 from s2train.study import speed, sweep
 from s2train.study.corpus import check_made_with
 from s2train.study.files import (

@@ -12,13 +12,13 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from s2train import config
 from s2train.command_line.composition import CONF, config_groups
 from s2train.command_line.program import run_command, run_hydra
 from s2train.planning import resolve
+from s2train.planning.config import ShowLayoutConfig, register
 from s2train.planning.show import show
 
-config.register()
+register()
 MODELS = config_groups(CONF)["model"]
 
 
@@ -29,4 +29,4 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_hydra(main, config.ShowLayoutConfig, __doc__)
+    run_hydra(main, ShowLayoutConfig, __doc__)

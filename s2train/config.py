@@ -1,8 +1,8 @@
-"""Defines every setting as a dataclass field; `conf/` holds named values.
+"""Defines every setting of a run as a dataclass field.
 
-Hydra checks names and types against these classes (see `register`). `s2train.planning` checks settings that depend on
-each other. All types are plain, so that a saved config can be read without this code. The comments are the programs'
-help texts.
+`conf/` holds named values. Hydra checks names and types against these classes (see `register`). `s2train.planning`
+checks settings that depend on each other. All types are plain, so that a saved config can be read without this code.
+The comments are the programs' help texts. Settings of other programs are in the `config.py` of their folders.
 """
 
 from collections.abc import Iterator, Mapping
@@ -365,165 +365,6 @@ class PretrainConfig:
 
 
 @dataclass
-class ShowLayoutConfig(PretrainConfig):
-    """A run of `launch/show_layout.py`: the settings of the run to show."""
-
-    seq_length: int | None = None  # tokens; None: train.seq_length
-    layers: list[int] | None = None  # layers whose block masks to draw; None: the first of each distinct sparse layer
-    output: str = "runs/layouts/${model.name}"  # folder of layout.png and layout.json
-
-
-@dataclass
-class NeedleConfig:
-    """A run of `launch/needle.py`."""
-
-    checkpoint: str = MISSING  # a run folder, its checkpoints folder, or one iter_* in it
-    tokenizer: str | None = None  # new path of the run's tokenizer.json if it was moved; None: the run's own
-    lengths: list[int] | None = None  # tokens, prompt and answer together; None: four lengths up to the trained one
-    # what is hidden and asked for: single, multi, key_value, variable_tracking, or [task, …]; see
-    # s2train/needles/tasks.py
-    task: Any = "single"
-    needles: int | None = None  # for multi: number of keys, each with a value; None: 4
-    # ask for one or all of multi's keys (None: one), or of variable_tracking's names (None: all)
-    ask: str | None = None
-    # for key_value: number of other lines; None: fill the length with them, without a haystack
-    distractors: int | None = None
-    hops: int | None = None  # for variable_tracking: number of names in a chain that refer to another name; None: 4
-    chains: int | None = None  # for variable_tracking: number of chains, of which one is asked for; None: 1
-    haystack: Any = "noise"  # text around the needles: noise (RULER's repeated sentences), a text file, or [file, …]
-    # 0: beginning of the prompt, 1: end
-    depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
-    # largest random shift of each trial's needle from its depth, as a share of the length; without it, all trials of a
-    # round length would meet the same stripe of a layout
-    depth_jitter: float = 0.05
-    trials: int = 8  # per cell, that is per length and depth
-    batch_size: int = 8  # sequences decoded at once on each data parallel rank
-    batch_tokens: int | None = None  # limit on the tokens decoded at once; at least one sequence is; None: no limit
-    # tokens decoded past the answer's length, for the score of whether the text contains the answer
-    extra_tokens: int = 16
-    seed: int = 1234  # seed of keys, values and the start in the haystack
-    threshold: float = 0.856  # least score at which a length counts as effective; RULER's
-    output: str | None = None  # folder for each task's JSON and PNG; None: `needle` in the run folder
-    attention_backend: str = "auto"  # sparse layers, as in a run
-    tp: int = 1  # tensor model parallel; the remaining processes share the trials
-    wandb: str = "disabled"  # auto, offline, online: log heat map, table and score to the training's wandb run
-
-
-@dataclass
-class NeedleDocumentsConfig:
-    """Documents to learn needle retrieval from, without what the evaluation asks for.
-
-    For a pair [low, high], each document draws a value log-uniformly from that range.
-    """
-
-    # recall, recall_lines: many facts, each of which is asked for later in the document; facts as in the tasks single
-    # and key_value. Or a task of the evaluation (`s2train.needles.tasks`): one of its samples per document
-    task: str = "recall"
-    documents: int = 10_000
-    length: int = 512  # tokens of every document, including its end token
-    # share of a recall's tokens in sentences; the rest is filler
-    share: list[float] = field(default_factory=lambda: [0.05, 1.0])
-    # number of a recall's facts; at most half of its sentences
-    facts: list[int] = field(default_factory=lambda: [1, 64])
-    # share of recalls that state all facts that fit and ask for each once, all at the end, so that look-up distances
-    # are spread over the whole document; the other recalls repeat each fact many times, and one look-up in a hundred
-    # goes back over half the document
-    questions_last: float = 0.0
-    haystack: Any = "noise"  # filler text: noise (RULER's repeated sentences), bundled, a text file, or [file, …]
-    # processes; the documents don't depend on their number; None: one per core, fewer for few documents
-    workers: int | None = None
-
-
-@dataclass
-class PrepareConfig:
-    """A run of `launch/prepare_data.py`."""
-
-    # a file or [file, …], with * as wildcard: text or JSON lines, also compressed as .gz, .zst, .bz2 or .xz, or
-    # .parquet; "bundled": the corpus shipped with s2train; "needles": documents generated as set by `needles`
-    input: Any = MISSING
-    output: str = MISSING  # prefix of the .bin, .idx and .json files to write
-    tokenizer: str = "bytes"  # bytes, a tokenizer.json, or bpe:SIZE to train one, saved as OUTPUT-tokenizer.json
-    # token of a tokenizer.json to append to each document; no text may encode to it. None: the first of <|endoftext|>,
-    # </s>, <eod>, <|end_of_text|> and <eos> that the tokenizer has. Write 'end_token="<eos>"', with both quotes
-    end_token: str | None = None
-    format: str = "auto"  # format of all input: text, jsonl, parquet; auto: by each file's content and name
-    text_key: str = "text"  # JSON key or .parquet column that holds the documents
-    # cut each text file into documents of at least this many characters, shuffled like others; None: one document per
-    # file (the bundled corpus is cut at 10,000)
-    document_chars: int | None = None
-    # characters of text to train a bpe on, about, taken evenly from all documents; fewer if there are fewer
-    tokenizer_chars: int = 200_000_000
-    seed: int = 1234  # seed of the order of documents
-    workers: int | None = None  # processes that tokenize; None: one per core, fewer for small input or bytes
-    overwrite: bool = False
-    needles: NeedleDocumentsConfig = field(default_factory=NeedleDocumentsConfig)  # documents of input=needles
-
-
-SOURCE_FILES = (
-    ".c", ".h", ".S", ".rs", ".py", ".pl", ".sh", ".rst", ".txt", ".yaml", ".dts", ".dtsi", "Makefile", "Kconfig",
-)  # fmt: skip
-
-
-@dataclass
-class CorpusConfig:
-    """A run of `launch/make_corpus.py`."""
-
-    tree: str = MISSING  # folder of source files
-    output: str = MISSING  # folder for train.jsonl, held-out.jsonl and corpus.json
-    # suffixes or full names of the files to read
-    suffixes: list[str] = field(default_factory=lambda: list(SOURCE_FILES))
-    depth: int = 2  # levels of folders that name a subsystem: 2 for fs/ext4
-    held_out: list[str] = field(default_factory=list)  # subsystems; empty: chosen by a hash of their names
-    held_out_share: float = 0.02  # share of all characters to hold out if `held_out` is empty
-    duplicate_share: float = 0.8  # drop a file if this share of its lines, in groups of five, was seen before
-    seed: int = 1234  # seed of the choice of held-out subsystems
-    workers: int | None = None  # processes that read files; None: one per core
-    overwrite: bool = False
-
-
-@dataclass
-class ProbesConfig:
-    """A run of `launch/probes.py`."""
-
-    checkpoint: str = MISSING  # a run folder, its checkpoints folder, or one iter_* in it
-    text: str = MISSING  # held-out documents: JSON lines or any other input of launch/prepare_data.py
-    text_key: str = "text"  # what a line's or a table's documents are called
-    tokenizer: str | None = None  # where the run's tokenizer.json was moved to; None: the run's own
-    # tokens of a prompt and its answer; the definition stands in the first 30 % of them
-    lengths: list[int] = field(default_factory=lambda: [1024, 4096, 16384])
-    trials: int = 100  # identifiers completed per length; fewer where the text holds fewer
-    batch_size: int = 8  # sequences decoded together
-    sequences: int = 32  # of the longest length, for the loss on second occurrences
-    seed: int = 1234  # of the choice of identifiers and sequences
-    output: str | None = None  # JSON file; None: `probes.json` in the run folder
-    overwrite: bool = False
-    attention_backend: str = "auto"  # sparse layers, as in a run
-    tp: int = 1  # tensor model parallel: the number of started processes
-
-
-@dataclass
-class ExportConfig:
-    """A run of `launch/export.py`."""
-
-    checkpoint: str = MISSING  # a run folder, its checkpoints folder, or one iter_* in it
-    output: str = MISSING  # folder to create
-    vocab_size: int | None = None  # rows of the embedding to export, if it was padded; None: all
-    tokenizer: str | None = None  # new path of the run's tokenizer.json if it was moved; None: the run's own
-
-
-@dataclass
-class ImportConfig:
-    """A run of `launch/import.py`."""
-
-    weights: str = MISSING  # folder with config.json and .safetensors of a Llama, Qwen3 or an export
-    output: str = MISSING  # run folder to create, for checkpoint.resume
-    vocab_size: int | None = None  # rows of the embedding; further rows are zero; None: those of the weights
-    precision: str = "bf16"  # precision of the saved weights: bf16, fp32
-    # folder of configuration groups to write the run's settings to, as model/imported/NAME.yaml; None: conf/
-    conf: str | None = None
-
-
-@dataclass
 class SweepConfig:
     """`hydra.launcher`: how `launch/pretrain.py -m` starts the jobs of a sweep."""
 
@@ -565,13 +406,6 @@ def register() -> None:
     if "pretrain_schema.yaml" in store.repo:  # registered before
         return
     store.store(name="pretrain_schema", node=PretrainConfig)
-    store.store(name="show_layout_schema", node=ShowLayoutConfig)
-    store.store(name="needle_schema", node=NeedleConfig)
-    store.store(name="corpus_schema", node=CorpusConfig)
-    store.store(name="probes_schema", node=ProbesConfig)
-    store.store(name="prepare_schema", node=PrepareConfig)
-    store.store(name="export_schema", node=ExportConfig)
-    store.store(name="import_schema", node=ImportConfig)
     store.store(group="hydra/launcher", name="s2train_local", node=LocalSweepConfig)
     store.store(group="hydra/launcher", name="s2train_slurm", node=SlurmSweepConfig)
 

@@ -14,10 +14,15 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from s2train import config
+from s2train.checkpoints.hugging_face import config as hugging_face
 from s2train.command_line.composition import CONF
 from s2train.command_line.usage import Setting, sections_of, settings_of, summary
 from s2train.evaluation import config as evaluation
 from s2train.generation import config as generation
+from s2train.needles import config as needles
+from s2train.planning import config as planning
+from s2train.preparation import config as preparation
+from s2train.probes import config as probes
 from s2train.semsa import config as semsa
 
 PAGE = CONF.parent / "docs" / "settings.md"
@@ -30,19 +35,25 @@ python launch/pretrain.py +model=tiny_hybrid train.steps=300 optim.lr=3e-4 plan=
 This page lists the settings of every program, as `--help` does. Set them on the command line, as above, or in files of
 [conf/](../conf). Defaults have the command line's syntax: `null` is None, and … must be set.
 
-The page is generated from the dataclasses and comments of [config.py](../s2train/config.py) and of the `config.py` of
-generation, evaluation and SemSA in [s2train](../s2train). To change it, change them, and run
-`python -m s2train.settings_page`. Settings of kinds of attention, in `layout.kinds`, are described
-with [block selection](block-selection.md) and [HyperAttention](hyperattention.md).
+The page is generated from the dataclasses and comments of [config.py](../s2train/config.py) and of the `config.py` in
+folders of [s2train](../s2train). To change it, change them, and run `python -m s2train.settings_page`. Settings of
+kinds of attention, in `layout.kinds`, are described with [block selection](block-selection.md) and
+[HyperAttention](hyperattention.md).
 """
+_CONFIGS = (config, planning, hugging_face, needles, preparation, generation, probes, semsa, evaluation)
 _PROGRAM = re.compile(r"`(launch/\w+\.py)`")
 _CODE = re.compile(r"(`[^`]*`)")
 
 
+def register_all() -> None:
+    """Register the settings of every program with Hydra."""
+    for module in _CONFIGS:
+        module.register()
+
+
 def programs() -> dict[str, type]:
     """Return each program's settings dataclass by the program's path, training first."""
-    for module in (config, generation, semsa, evaluation):
-        module.register()
+    register_all()
     schemas = [_schema(entry) for name, entry in _store().items() if name.endswith("_schema.yaml")]
     of_program = {_program(schema): schema for schema in schemas}
     return dict(sorted(of_program.items(), key=lambda item: (item[1] is not config.PretrainConfig, item[0])))

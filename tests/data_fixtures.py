@@ -5,15 +5,8 @@ from typing import Any
 
 import pytest
 
-from s2train.config import (
-    DataConfig,
-    EvaluationConfig,
-    LayoutConfig,
-    ModelConfig,
-    PrepareConfig,
-    PretrainConfig,
-    TrainConfig,
-)
+from s2train.config import DataConfig, EvaluationConfig, LayoutConfig, ModelConfig, PretrainConfig, TrainConfig
+from s2train.preparation.config import PrepareConfig
 from s2train.preparation.prepare import prepare
 
 MakeConfig = Callable[..., PretrainConfig]

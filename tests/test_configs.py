@@ -13,10 +13,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from s2train.checkpoints.setting_changes import changes_between
-from s2train.config import NeedleConfig, PretrainConfig, register, settings_by_name
+from s2train.config import PretrainConfig, settings_by_name
 from s2train.environment.hardware import Hardware
 from s2train.errors import ConfigError
+from s2train.needles.config import NeedleConfig
 from s2train.planning import check, compose_run, resolve
+from s2train.settings_page import register_all
 from s2train.study.files import Folders
 from s2train.study.settings import Recipe, train_settings
 from s2train.study.variants import Run
@@ -32,7 +34,7 @@ def names(group: str) -> list[str]:
 
 
 def composed(*overrides: str, program: str = "pretrain") -> DictConfig:
-    register()
+    register_all()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose(program, overrides=list(overrides))
 
@@ -232,7 +234,7 @@ def test_a_setting_without_a_value_is_named() -> None:
 
 
 def test_hydra_writes_nothing() -> None:
-    register()
+    register_all()
     for program in ("pretrain", "needle"):
         with initialize_config_dir(str(CONF), version_base="1.3"):
             hydra = compose(program, return_hydra_config=True).hydra

@@ -19,11 +19,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from s2train import config
 from s2train.command_line.composition import CONF, config_groups
-from s2train.evaluation import config as evaluation
-from s2train.generation import config as generation
 from s2train.planning import compose_run, format_plan, preview
 from s2train.planning.targets import target_gpu
-from s2train.semsa import config as semsa
+from s2train.settings_page import programs, register_all
 from s2train.validation.division import smallest_world
 from tests.page_commands import Command, blocks, commands, unwrapped
 from tests.program import ROOT, Outcome, run
@@ -34,21 +32,7 @@ GUIDES = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [README, *GUIDES]
 LINKED = [*PAGES, CONTRIBUTING, *ROOT.glob("*/results/*.md"), ROOT / "kernels/NOTES.md"]
 
-SCHEMAS = {
-    "pretrain": config.PretrainConfig,
-    "show_layout": config.ShowLayoutConfig,
-    "needle": config.NeedleConfig,
-    "prepare_data": config.PrepareConfig,
-    "export": config.ExportConfig,
-    "import": config.ImportConfig,
-    "make_corpus": config.CorpusConfig,
-    "probes": config.ProbesConfig,
-    "profile_attention": semsa.ProfileAttentionConfig,
-    "choose_layout": semsa.ChooseLayoutConfig,
-    "layout_frontier": semsa.FrontierConfig,
-    "generate": generation.GenerateConfig,
-    "evaluate": evaluation.EvaluateConfig,
-}
+SCHEMAS = {Path(path).stem: schema for path, schema in programs().items()}
 # Appended to every training that runs here: its own layout and data, in a model and for steps that take a second.
 SHAPE = ["model.num_layers=4", "model.hidden_size=48", "model.ffn_hidden_size=64", "model.num_attention_heads=4"]
 SHAPE += ["model.num_query_groups=2", "model.head_dim=16"]
@@ -165,8 +149,7 @@ def check_program(command: Command) -> None:
     if name == "pretrain":
         plan([first_choice(setting) for setting in settings], ranks)
     elif name in SCHEMAS:
-        for module in (config, generation, semsa, evaluation):
-            module.register()
+        register_all()
         with initialize_config_dir(str(CONF), version_base="1.3"):
             config.to_object(compose(name, settings))
     else:

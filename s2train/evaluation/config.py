@@ -40,6 +40,6 @@ class EvaluateConfig:
 
 
 def register() -> None:
-    """Register this schema, and those of all programs, with Hydra."""
+    """Register this schema with Hydra."""
     config.register()
     ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)

@@ -35,6 +35,6 @@ class GenerateConfig:
 
 
 def register() -> None:
-    """Register this schema, and those of all programs, with Hydra."""
+    """Register this schema with Hydra."""
     config.register()
     ConfigStore.instance().store(name="generate_schema", node=GenerateConfig)

@@ -12,12 +12,12 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from s2train.config import NeedleDocumentsConfig
 from s2train.data.bundled import bundled_corpus_files
 from s2train.data.tokenizers import Tokenizer
 from s2train.distributed.worker_pool import worker_pool
 from s2train.environment.cores import available_cores
 from s2train.errors import ConfigError
+from s2train.needles.config import NeedleDocumentsConfig
 from s2train.needles.recall import Ids, RecallDocuments, recall_facts
 from s2train.needles.samples import TaskSampler
 from s2train.needles.tasks import TASKS, find_task

@@ -8,7 +8,7 @@ import torch
 from megatron.core import parallel_state
 
 from s2train.checkpoints.inference_model import load_for_inference
-from s2train.config import NeedleConfig, ParallelConfig
+from s2train.config import ParallelConfig
 from s2train.distributed.ranks import is_rank_0, world_size
 from s2train.environment.hardware import detect_own
 from s2train.environment.provenance import environment
@@ -17,6 +17,7 @@ from s2train.files import FolderLock, lock_folder
 from s2train.inference.generation import generate
 from s2train.inference.page_pool import OutOfPagesError
 from s2train.megatron.setup import initialize, shutdown
+from s2train.needles.config import NeedleConfig
 from s2train.needles.evaluation import run_needles
 from s2train.needles.reach import NeedleReach
 from s2train.needles.request import Request, read_request

@@ -16,10 +16,10 @@ from itertools import islice, product
 import numpy as np
 import numpy.typing as npt
 
-from s2train.config import NeedleDocumentsConfig
 from s2train.data.inside_text import encode_inside
 from s2train.data.tokenizers import Tokenizer
 from s2train.errors import ConfigError
+from s2train.needles.config import NeedleDocumentsConfig
 from s2train.needles.haystack import Haystack
 from s2train.needles.tasks import Fact, key_value_lines, magic
 from s2train.needles.words import ADJECTIVES, NOUNS, split_of

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from s2train.checkpoints.trained import Trained
-from s2train.config import NeedleConfig, PretrainConfig
+from s2train.config import PretrainConfig
 from s2train.environment.hardware import Hardware
 from s2train.errors import ConfigError
 from s2train.files import check_writable
+from s2train.needles.config import NeedleConfig
 from s2train.needles.results import output_folder
 from s2train.needles.retrieval import NeedleGrid, check_fit, choose_grid
 from s2train.needles.samples import TaskSampler

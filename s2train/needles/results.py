@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from s2train.config import NeedleConfig, PretrainConfig
+from s2train.config import PretrainConfig
 from s2train.files import write_json
+from s2train.needles.config import NeedleConfig
 from s2train.needles.scores import RULER_THRESHOLD, Score, effective_length
 
 _END_BYTES = 1 << 16  # of each end of a shard, for its fingerprint

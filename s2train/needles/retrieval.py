@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from s2train.config import NeedleConfig
 from s2train.data.tokenizers import Tokenizer
 from s2train.errors import ConfigError
 from s2train.inference.generation import Decode
+from s2train.needles.config import NeedleConfig
 from s2train.needles.results import Cell
 from s2train.needles.samples import TaskSample, TaskSampler
 

@@ -14,7 +14,6 @@ from s2train.attention.features import Feature
 from s2train.attention.hybrid import HybridLayout
 from s2train.attention.kind import LayerLayout
 from s2train.attention.reachability import DistanceRow, distance_table, reach
-from s2train.config import ShowLayoutConfig
 from s2train.costs.memory import GIB
 from s2train.costs.prediction import LENGTHS, ModelCosts, known_lengths, model_costs
 from s2train.errors import ConfigError
@@ -22,6 +21,7 @@ from s2train.files import check_writable, write_json
 from s2train.pictures import choose_layers, draw_layout
 from s2train.pictures.style import tokens
 from s2train.planning.checks import check_blocks
+from s2train.planning.config import ShowLayoutConfig
 from s2train.planning.run_layout import hybrid_layout
 from s2train.validation.attention_kinds import require_feature
 from s2train.validation.values import check_sequence, check_values

@@ -4,9 +4,10 @@ import os
 
 from filelock import FileLock
 
-from s2train.config import PrepareConfig, PretrainConfig
+from s2train.config import PretrainConfig
 from s2train.data.blend import BUNDLED, BUNDLED_PREFIX
 from s2train.files import check_writable
+from s2train.preparation.config import PrepareConfig
 from s2train.preparation.prepare import prepare
 
 

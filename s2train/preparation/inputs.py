@@ -3,10 +3,10 @@
 from glob import glob
 from pathlib import Path
 
-from s2train.config import PrepareConfig
 from s2train.data.blend import BUNDLED
 from s2train.data.bundled import BUNDLED_DOCUMENT_CHARS, bundled_corpus_files
 from s2train.errors import ConfigError
+from s2train.preparation.config import PrepareConfig
 from s2train.preparation.formats import FORMATS
 from s2train.preparation.sources import Source
 

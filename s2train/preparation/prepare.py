@@ -18,7 +18,6 @@ import numpy.typing as npt
 from filelock import FileLock, Timeout
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-from s2train.config import PrepareConfig
 from s2train.data.bundled import count_ids, unigram_entropy
 from s2train.data.indexed import Metadata, read_document_lengths, read_metadata
 from s2train.data.tokenizers import SMALLEST_BPE, load_tokenizer, train_bpe
@@ -26,6 +25,7 @@ from s2train.environment.cores import available_cores
 from s2train.errors import ConfigError, TrainingError
 from s2train.files import check_writable, replacing
 from s2train.needles.documents import needle_documents, needle_texts
+from s2train.preparation.config import PrepareConfig
 from s2train.preparation.cutting import split_documents
 from s2train.preparation.documents import bad_document, read_documents
 from s2train.preparation.formats import FORMATS

@@ -17,11 +17,11 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
-from s2train.config import CorpusConfig
 from s2train.distributed.worker_pool import worker_pool
 from s2train.environment.cores import available_cores
 from s2train.errors import ConfigError
 from s2train.files import check_writable, replacing, write_json
+from s2train.preparation.config import CorpusConfig
 
 TRAIN, HELD_OUT, DESCRIPTION = "train.jsonl", "held-out.jsonl", "corpus.json"
 FILES_FOR_PROCESSES = 1_000  # fewer are read in this process

@@ -19,11 +19,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from s2train.command_line.program import run_command
-from s2train.config import PrepareConfig
 from s2train.data.bundled import bundled_corpus_files
 from s2train.data.tokenizers import train_bpe
 from s2train.errors import ConfigError
 from s2train.files import check_writable, write_json
+from s2train.preparation.config import PrepareConfig
 from s2train.preparation.cutting import split_documents
 from s2train.preparation.prepare import prepare
 

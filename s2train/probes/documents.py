@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from s2train.config import ProbesConfig
 from s2train.data.long_texts import SEGMENT
 from s2train.data.tokenizers import Tokenizer
 from s2train.errors import ConfigError
 from s2train.preparation.documents import documents_of
+from s2train.probes.config import ProbesConfig
 
 SHORTEST = 8  # characters of an identifier: shorter ones are words of any text
 _IDENTIFIER = re.compile(rf"\b[A-Za-z_]\w{{{SHORTEST - 1},}}", re.ASCII)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from s2train.checkpoints.inference_model import load_for_inference
 from s2train.checkpoints.trained import Trained
-from s2train.config import ParallelConfig, PretrainConfig, ProbesConfig
+from s2train.config import ParallelConfig, PretrainConfig
 from s2train.data.tokenizers import Tokenizer
 from s2train.distributed.ranks import is_rank_0, world_size
 from s2train.environment.hardware import Hardware, detect_own
@@ -26,6 +26,7 @@ from s2train.megatron.setup import initialize, shutdown
 from s2train.needles.results import weights_fingerprint
 from s2train.planning.checks import check_attention_backend
 from s2train.probes.completion import NEAREST, Completion, find_completions, score
+from s2train.probes.config import ProbesConfig
 from s2train.probes.documents import SHORTEST, Document, held_out_documents
 from s2train.probes.recurrence import Passage, by_distance, choose_sequences, measure
 from s2train.validation.division import check_one_model

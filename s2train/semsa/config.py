@@ -131,7 +131,7 @@ class FrontierConfig:
 
 
 def register() -> None:
-    """Register these schemas, and those of all programs, with Hydra."""
+    """Register these schemas with Hydra."""
     config.register()
     store = ConfigStore.instance()
     store.store(name="profile_attention_schema", node=ProfileAttentionConfig)

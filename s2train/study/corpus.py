@@ -9,8 +9,9 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 
 from s2train.command_line.composition import CONF, hydra_arguments
-from s2train.config import CorpusConfig, register, to_object
+from s2train.config import to_object
 from s2train.errors import ConfigError, as_typed
+from s2train.preparation.config import CorpusConfig, register
 from s2train.preparation.source_tree import DESCRIPTION
 from s2train.study.files import Folders
 

@@ -12,8 +12,9 @@ from s2train.attention.kind import lacking
 from s2train.checkpoints.architecture import check_same_architecture
 from s2train.checkpoints.folders import write_config
 from s2train.checkpoints.hugging_face import exporting
+from s2train.checkpoints.hugging_face.config import ExportConfig
 from s2train.checkpoints.setting_changes import changes_between
-from s2train.config import ExportConfig, PretrainConfig
+from s2train.config import PretrainConfig
 from s2train.environment.hardware import Hardware
 from s2train.errors import ConfigError
 from s2train.planning import check, compose_run, format_plan, hybrid_layout, preview

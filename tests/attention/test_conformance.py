@@ -19,12 +19,15 @@ from s2train.attention.features import Feature
 from s2train.attention.kind import AttentionKind
 from s2train.attention.registry import KINDS, kinds_of, register
 from s2train.checkpoints.folders import write_config
+from s2train.checkpoints.hugging_face.config import ExportConfig
 from s2train.checkpoints.hugging_face.exporting import export
-from s2train.config import ExportConfig, LayoutConfig, NeedleConfig, PretrainConfig, ShowLayoutConfig
+from s2train.config import LayoutConfig, PretrainConfig
 from s2train.environment.hardware import Hardware
 from s2train.errors import ConfigError
+from s2train.needles.config import NeedleConfig
 from s2train.needles.request import read_request
 from s2train.planning import compose_run, hybrid_layout
+from s2train.planning.config import ShowLayoutConfig
 from s2train.planning.show import show
 from s2train.validation.attention_kinds import check_kinds
 from tests.attention.oracles import ORACLES

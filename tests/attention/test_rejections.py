@@ -15,25 +15,21 @@ from s2train.attention.kind import DataDependentKind, HeadsOf, StaticKind
 from s2train.attention.registry import KINDS, register
 from s2train.checkpoints.folders import write_config
 from s2train.checkpoints.hugging_face import exporting
+from s2train.checkpoints.hugging_face.config import ExportConfig
 from s2train.checkpoints.hugging_face.weights import to_llama, unknown_weights
-from s2train.config import (
-    ExportConfig,
-    LayoutConfig,
-    NeedleConfig,
-    PretrainConfig,
-    ProbesConfig,
-    ScheduleConfig,
-    ShowLayoutConfig,
-)
+from s2train.config import LayoutConfig, PretrainConfig, ScheduleConfig
 from s2train.costs.parameters import attention_shape
 from s2train.environment.hardware import Hardware
 from s2train.errors import ConfigError
 from s2train.inference import decode_speed
 from s2train.layouts.patterns import Dense
+from s2train.needles.config import NeedleConfig
 from s2train.needles.request import read_request
 from s2train.planning import check, compose_run, format_plan, hybrid_layout, make_plan
+from s2train.planning.config import ShowLayoutConfig
 from s2train.planning.show import show
 from s2train.probes import evaluate_checkpoint as probes
+from s2train.probes.config import ProbesConfig
 from tests.attention.toy import ShyKind, ToyKind
 
 CPU = Hardware("CPU", "cpu", 1 << 36, None)

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from s2train.checkpoints.folders import Progress, write_config
+from s2train.checkpoints.hugging_face.config import ExportConfig
 from s2train.checkpoints.hugging_face.exporting import export
 from s2train.checkpoints.trained import Trained
-from s2train.config import ExportConfig
 from s2train.errors import ConfigError
 from s2train.planning import compose_run
 from tests.program import SMALL

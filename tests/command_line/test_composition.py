@@ -7,8 +7,10 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
 from s2train.command_line.composition import config_groups, expand_shorthand, explain
-from s2train.config import NeedleConfig, PretrainConfig, register, to_object
+from s2train.config import PretrainConfig, register, to_object
 from s2train.errors import ConfigError
+from s2train.needles.config import NeedleConfig
+from s2train.needles.config import register as register_needle
 from tests.program import ROOT, Outcome, error_line, run
 
 CONF = ROOT / "conf"
@@ -143,7 +145,7 @@ def test_a_plus_adds_a_letter_with_its_pattern() -> None:
 
 
 def test_errors_of_other_programs_name_their_settings() -> None:
-    register()
+    register_needle()
     with initialize_config_dir(str(CONF), version_base="1.3"), pytest.raises(HydraException) as error:
         compose("needle", overrides=["chekpoint=runs/a"])
     line = explain(error.value, ["chekpoint=runs/a"], config_groups(CONF), NeedleConfig)

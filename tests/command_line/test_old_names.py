@@ -13,8 +13,9 @@ from s2train.checkpoints.setting_changes import changes_between
 from s2train.command_line.composition import CONF, hydra_arguments
 from s2train.command_line.old_names import OLD_NAMES, rename_saved
 from s2train.command_line.program import settings_before_options
-from s2train.config import NeedleConfig, PretrainConfig, register, to_object
+from s2train.config import PretrainConfig, register, to_object
 from s2train.errors import ConfigError
+from s2train.needles.config import NeedleConfig
 from s2train.planning import compose_run
 from s2train.sweeps.jobs import changed_setting
 from s2train.sweeps.names import folder_name, job_folder

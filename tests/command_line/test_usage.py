@@ -7,6 +7,7 @@ import pytest
 from s2train import config
 from s2train.command_line.composition import CONF, config_groups
 from s2train.command_line.usage import brief_usage, meaning, usage
+from s2train.needles.config import NeedleConfig
 from tests.program import run
 
 
@@ -62,8 +63,8 @@ def test_a_group_is_shown_with_its_names_and_the_plus_that_it_needs() -> None:
 
 
 def test_the_meaning_of_a_setting_is_its_comment() -> None:
-    assert meaning(config.NeedleConfig, "checkpoint").startswith("a run folder, its checkpoints folder")
-    assert meaning(config.NeedleConfig, "nothing") == ""
+    assert meaning(NeedleConfig, "checkpoint").startswith("a run folder, its checkpoints folder")
+    assert meaning(NeedleConfig, "nothing") == ""
 
 
 def test_a_setting_within_a_section_has_a_meaning_too() -> None:

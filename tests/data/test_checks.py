@@ -13,7 +13,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 )
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from s2train.config import PrepareConfig, PretrainConfig
+from s2train.config import PretrainConfig
 from s2train.data.blend import Blend, parse_blend
 from s2train.data.bundled import bundled_corpus_files
 from s2train.data.checks import check_data, num_train_samples
@@ -22,6 +22,7 @@ from s2train.data.splits import megatron_split, split_documents_range
 from s2train.data.tokenizers import ByteTokenizer, load_tokenizer, train_bpe
 from s2train.errors import ConfigError
 from s2train.planning import compose_run
+from s2train.preparation.config import PrepareConfig
 from s2train.preparation.prepare import prepare
 from tests.data_fixtures import write_dataset
 

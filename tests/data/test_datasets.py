@@ -11,7 +11,7 @@ import torch
 from filelock import FileLock
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from s2train.config import PrepareConfig, PretrainConfig
+from s2train.config import PretrainConfig
 from s2train.data.blend import BUNDLED_PREFIX
 from s2train.data.bundled import bundled_corpus_files
 from s2train.data.checks import check_data, num_train_samples
@@ -19,6 +19,7 @@ from s2train.data.datasets import build_datasets
 from s2train.data.tokenizers import ByteTokenizer
 from s2train.errors import ConfigError
 from s2train.preparation.bundled_corpus import ensure_prepared
+from s2train.preparation.config import PrepareConfig
 from s2train.preparation.prepare import prepare
 from tests.data_fixtures import write_dataset
 

@@ -10,11 +10,13 @@ import pytest
 import tokenizers as hf
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from s2train.config import NeedleDocumentsConfig, PrepareConfig, PretrainConfig
+from s2train.config import PretrainConfig
 from s2train.data.checks import check_data
 from s2train.data.end_token import run_tokenizer
 from s2train.data.tokenizers import load_tokenizer
 from s2train.errors import ConfigError
+from s2train.needles.config import NeedleDocumentsConfig
+from s2train.preparation.config import PrepareConfig
 from s2train.preparation.prepare import prepare
 
 MakeConfig = Callable[..., PretrainConfig]

@@ -15,12 +15,13 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
 from s2train.checkpoints.folders import write_config
-from s2train.config import PrepareConfig, PretrainConfig, register, to_object
+from s2train.config import PretrainConfig, to_object
 from s2train.data.tokenizers import ByteTokenizer
 from s2train.environment.hardware import Hardware
 from s2train.needles.documents import needle_documents
 from s2train.needles.results import Cell, CellReach
 from s2train.planning import check, compose_run
+from s2train.preparation.config import PrepareConfig, register
 from tests.program import run
 
 ROOT = Path(__file__).parents[2]

@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from s2train.config import NeedleDocumentsConfig, PrepareConfig
 from s2train.data.indexed import read_metadata
 from s2train.data.tokenizers import ByteTokenizer, load_tokenizer, train_bpe
 from s2train.errors import ConfigError
 from s2train.needles import recall
+from s2train.needles.config import NeedleDocumentsConfig
 from s2train.needles.documents import RECALLS, needle_documents
 from s2train.needles.recall import Pieces, RecallDocuments, order_facts, recall_facts
 from s2train.needles.samples import TaskSampler
 from s2train.needles.tasks import TASKS, find_task
 from s2train.needles.words import NOISE, Split, split_of
+from s2train.preparation.config import PrepareConfig
 from s2train.preparation.prepare import prepare
 
 BYTES = ByteTokenizer()

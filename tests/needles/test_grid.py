@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from s2train.config import NeedleConfig
 from s2train.data.tokenizers import ByteTokenizer
 from s2train.errors import ConfigError
+from s2train.needles.config import NeedleConfig
 from s2train.needles.results import Cell
 from s2train.needles.retrieval import NeedleGrid, Ranks, choose_grid, evaluate_grid
 from s2train.needles.samples import TaskSampler

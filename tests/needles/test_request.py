@@ -8,11 +8,12 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from s2train.config import LayoutConfig, ModelConfig, NeedleConfig, PatternConfig, PretrainConfig, TrainConfig
+from s2train.config import LayoutConfig, ModelConfig, PatternConfig, PretrainConfig, TrainConfig
 from s2train.data.tokenizers import train_bpe
 from s2train.environment.hardware import Hardware
 from s2train.errors import ConfigError
 from s2train.layouts.patterns.file import write_masks
+from s2train.needles.config import NeedleConfig
 from s2train.needles.request import Request, read_request
 
 CPU, GPU = Hardware("CPU", "cpu", 1 << 30), Hardware("GPU", "cuda", 1 << 30)

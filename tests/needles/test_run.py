@@ -20,10 +20,11 @@ from rich.console import Console
 from torch import Tensor
 
 from s2train.attention.reachability import reach
-from s2train.config import ModelConfig, NeedleConfig, PretrainConfig
+from s2train.config import ModelConfig, PretrainConfig
 from s2train.data.tokenizers import ByteTokenizer
 from s2train.environment.provenance import environment
 from s2train.inference.generation import Decode
+from s2train.needles.config import NeedleConfig
 from s2train.needles.evaluation import run_needles
 from s2train.needles.heat_map import draw_heat_map, score_table
 from s2train.needles.reach import NeedleReach

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from s2train.config import NeedleDocumentsConfig
 from s2train.data.inside_text import encode_inside, prepends_blank
 from s2train.data.tokenizers import Tokenizer
 from s2train.needles import recall
+from s2train.needles.config import NeedleDocumentsConfig
 from s2train.needles.documents import needle_documents
 from s2train.needles.haystack import Haystack
 from s2train.needles.samples import TaskSampler

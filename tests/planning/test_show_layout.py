@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from s2train.config import LayoutConfig, ModelConfig, PatternConfig, ScheduleConfig, ShowLayoutConfig, TrainConfig
+from s2train.config import LayoutConfig, ModelConfig, PatternConfig, ScheduleConfig, TrainConfig
 from s2train.costs.attention import attention_flops
 from s2train.errors import ConfigError
+from s2train.planning.config import ShowLayoutConfig
 from s2train.planning.run_layout import hybrid_layout
 from s2train.planning.show import show
 from tests.program import Outcome, error_line, run

@@ -6,10 +6,11 @@ import pytest
 from s2train.kernels import dense_choice
 
 from s2train.command_line.composition import expand_shorthand
-from s2train.config import NeedleConfig, PretrainConfig
+from s2train.config import PretrainConfig
 from s2train.environment import liger
 from s2train.environment.hardware import Hardware
 from s2train.errors import ConfigError
+from s2train.needles.config import NeedleConfig
 from s2train.planning import asked_plan, compose_run, format_plan, preview, proposal, propose, targets
 from s2train.planning.targets import NAMES, planned_for, target_gpu
 from s2train.validation import libraries, transformer_engine

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from s2train.config import PrepareConfig
 from s2train.data.bundled import bundled_corpus_files
 from s2train.data.indexed import read_document_lengths, read_metadata
 from s2train.data.tokenizers import load_tokenizer
 from s2train.errors import ConfigError
+from s2train.preparation.config import PrepareConfig
 from s2train.preparation.prepare import prepare, spread_order
 from s2train.preparation.progress import Meter
 

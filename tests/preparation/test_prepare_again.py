@@ -15,12 +15,12 @@ from typing import Any
 import psutil
 import pytest
 
-from s2train.config import PrepareConfig
 from s2train.data.bundled import bundled_corpus_files
 from s2train.data.indexed import read_document_lengths
 from s2train.data.tokenizers import train_bpe
 from s2train.errors import ConfigError, TrainingError
 from s2train.preparation import resumable_writer, sources, tokenizing
+from s2train.preparation.config import PrepareConfig
 from s2train.preparation.prepare import prepare
 
 PIECE = 2000
@@ -217,7 +217,7 @@ def test_workers_exit_when_their_parent_is_killed(texts: Path, tmp_path: Path) -
     output, tokenizer = str(tmp_path / "mine"), str(tmp_path / "bpe.json")
     code = (
         "if __name__ == '__main__':\n"  # workers import this file
-        "    from s2train.config import PrepareConfig\n"
+        "    from s2train.preparation.config import PrepareConfig\n"
         "    from s2train.preparation.prepare import prepare\n"
         f"    prepare(PrepareConfig({str(texts)!r}, {output!r}, {tokenizer!r}, workers=2))\n"
     )

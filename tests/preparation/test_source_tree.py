@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from s2train.config import CorpusConfig
 from s2train.errors import ConfigError
 from s2train.preparation import source_tree
+from s2train.preparation.config import CorpusConfig
 from s2train.preparation.source_tree import Corpus, make_corpus
 
 WORDS = [f"word{number}" for number in range(400)]

@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from s2train.config import ProbesConfig
 from s2train.data.tokenizers import ByteTokenizer, load_tokenizer, train_bpe
 from s2train.errors import ConfigError
 from s2train.probes import documents
+from s2train.probes.config import ProbesConfig
 from s2train.probes.documents import Document, held_out_documents
 from tests.probes.source_text import source
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from s2train.config import ProbesConfig
 from s2train.environment.hardware import Hardware
 from s2train.errors import ConfigError
+from s2train.probes.config import ProbesConfig
 from s2train.probes.evaluate_checkpoint import Request, read_request
 from tests.needles.test_request import save
 from tests.probes.source_text import source

@@ -11,11 +11,12 @@ import torch
 import yaml
 from torch import Tensor
 
-from s2train.config import NeedleDocumentsConfig, PrepareConfig
 from s2train.data.tokenizers import ByteTokenizer
 from s2train.errors import ConfigError
+from s2train.needles.config import NeedleDocumentsConfig
 from s2train.needles.retrieval import NeedleGrid, evaluate_grid
 from s2train.needles.samples import TaskSampler
+from s2train.preparation.config import PrepareConfig
 from s2train.preparation.prepare import prepare
 from s2train.semsa.config import FrontierNeedlesConfig
 from s2train.semsa.needle_scores import Retrieval, exact_answers

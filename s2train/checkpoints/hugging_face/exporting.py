@@ -9,6 +9,7 @@ from typing import Any
 from s2train.attention.dense import DenseKind
 from s2train.attention.features import Feature
 from s2train.checkpoints.folders import find_checkpoint, read_config
+from s2train.checkpoints.hugging_face.config import ExportConfig
 from s2train.checkpoints.hugging_face.folder import require_safetensors, write_weights
 from s2train.checkpoints.hugging_face.layout_json import layout_json
 from s2train.checkpoints.hugging_face.rope_scaling import longest_length, to_hugging_face
@@ -24,7 +25,7 @@ from s2train.checkpoints.hugging_face.weights import (
 )
 from s2train.checkpoints.inference_model import load_for_inference
 from s2train.checkpoints.trained import check_tokenizer
-from s2train.config import ExportConfig, ParallelConfig, PretrainConfig
+from s2train.config import ParallelConfig, PretrainConfig
 from s2train.data.tokenizers import FileTokenizer, Tokenizer, load_tokenizer
 from s2train.errors import ConfigError
 from s2train.files import check_writable

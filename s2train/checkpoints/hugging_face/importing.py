@@ -9,6 +9,7 @@ import torch
 
 from s2train.checkpoints.async_writers import start_results_manager
 from s2train.checkpoints.folders import Progress, folder_name, write_config
+from s2train.checkpoints.hugging_face.config import ImportConfig
 from s2train.checkpoints.hugging_face.folder import WeightsFolder, require_safetensors
 from s2train.checkpoints.hugging_face.layout_json import layout_json
 from s2train.checkpoints.hugging_face.llama_config import EXPORT, check_weights, llama_model
@@ -20,7 +21,6 @@ from s2train.checkpoints.masks import mask_digests
 from s2train.checkpoints.shards import sharding_metadata
 from s2train.config import (
     DataConfig,
-    ImportConfig,
     LayoutConfig,
     ModelConfig,
     OptimConfig,

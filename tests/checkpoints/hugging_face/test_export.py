@@ -257,8 +257,8 @@ def test_a_hybrid_run_starts_from_an_imported_llama(tmp_path: Path, processes: i
     ],
 )
 def test_what_is_no_plain_llama_is_rejected(tmp_path: Path, changed: dict[str, Any], words: list[str]) -> None:
+    from s2train.checkpoints.hugging_face.config import ImportConfig
     from s2train.checkpoints.hugging_face.importing import import_llama
-    from s2train.config import ImportConfig
 
     llama = write_llama(tmp_path / "llama", **changed)
     with pytest.raises(ConfigError) as rejected:
