@@ -124,6 +124,16 @@ PHASES = {
             scorer_warm_up=0,
             about="continued on needle documents",
         ),
+        Phase(
+            "16k-from-dense",
+            16384,
+            20_000_000,
+            after="16k",
+            from_dense=True,
+            lr_factor=0.5,
+            scorer_warm_up=50,
+            about="started from dense weights",
+        ),
         Phase("16k-40m", 16384, 65_536_000, model=MODEL_40M, about="40M parameters"),
         Phase(
             "16k-40m-from-dense",
@@ -161,8 +171,8 @@ class Run:
         return replace(self, phase=phase.after, variant="dense" if phase.from_dense else self.variant)
 
 
-# The study: two seeds of what is compared first, one of the rest, all continued on needles; then two seeds of every
-# kind on a smaller model.
+# The study: two seeds of what is compared first, one of the rest, all continued on needles; kinds started from the dense
+# runs' weights; then two seeds of every kind on a smaller model.
 _AT_16K = (
     *(Run(variant, seed=seed) for seed in SEEDS for variant in ("dense", "hybrid", "window", "homogeneous")),
     *(Run(variant) for variant in ("sparse", "d1s7", "d1s15", "window_sinks")),
@@ -171,6 +181,7 @@ RUNS = (
     *_AT_16K,
     *(Run(variant, phase) for phase in ("32k", "64k") for variant in ("hybrid", "window")),
     *(replace(run, phase="16k-needles") for run in _AT_16K),
+    *(Run(variant, "16k-from-dense", seed) for seed in SEEDS for variant in ("dense", "hybrid", "window", "moba")),
     *(
         Run(variant, "16k-40m", seed)
         for seed in SEEDS
