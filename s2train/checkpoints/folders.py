@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from s2train.checkpoints.integrity import CONFIG, PROGRESS, damage, known_problem
+from s2train.checkpoints.listing import checkpoints_in, step_of
 from s2train.command_line.old_names import rename_saved
 from s2train.config import PretrainConfig
 from s2train.errors import ConfigError, message_line
@@ -61,35 +62,6 @@ class Progress:
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")
-
-
-def folder_name(step: int) -> str:
-    """Megatron's folder name for the checkpoint after `step` steps."""
-    return f"iter_{step:07d}"
-
-
-def step_of(checkpoint: Path) -> int:
-    """Step in a checkpoint's folder name."""
-    return int(checkpoint.name[5:])
-
-
-def checkpoints_in(root: Path) -> list[Path]:
-    """List the checkpoints in a `checkpoints` folder, damaged or not, oldest first.
-
-    The list is empty if the folder does not exist.
-    """
-    found = [path for path in root.glob("iter_*") if path.name[5:].isdigit() and path.is_dir()]
-    return sorted(found, key=step_of)
-
-
-def own_checkpoints(run_dir: str) -> Path:
-    """Folder in which a run keeps its checkpoints."""
-    return Path(run_dir) / "checkpoints"
-
-
-def is_own(checkpoint: Path, run_dir: str) -> bool:
-    """Whether a checkpoint is in a run's own folder."""
-    return checkpoint.parent.resolve() == own_checkpoints(run_dir).resolve()
 
 
 def find_checkpoint(where: str | Path, setting: str = "checkpoint") -> Path:

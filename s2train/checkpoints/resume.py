@@ -10,8 +10,9 @@ from s2train.checkpoints.architecture import (
     settings_that_may_change,
 )
 from s2train.checkpoints.data_order import continued_order, data_order
-from s2train.checkpoints.folders import Progress, is_own, read_progress
+from s2train.checkpoints.folders import Progress, read_progress
 from s2train.checkpoints.kind_weights import InitialWeights, initial_weights
+from s2train.checkpoints.listing import is_own
 from s2train.checkpoints.masks import check_masks, mask_digests
 from s2train.checkpoints.run_folder import choose_checkpoint
 from s2train.checkpoints.saved_run import SavedRun

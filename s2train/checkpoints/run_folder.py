@@ -5,15 +5,9 @@ from contextlib import suppress
 from itertools import chain, count
 from pathlib import Path
 
-from s2train.checkpoints.folders import (
-    checkpoints_in,
-    find_checkpoint,
-    is_own,
-    own_checkpoints,
-    read_config,
-    step_of,
-)
+from s2train.checkpoints.folders import find_checkpoint, read_config
 from s2train.checkpoints.integrity import known_problem
+from s2train.checkpoints.listing import checkpoints_in, is_own, own_checkpoints, step_of
 from s2train.config import PretrainConfig
 from s2train.errors import ConfigError
 from s2train.files import FolderLock, lock_folder

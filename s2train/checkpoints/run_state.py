@@ -18,16 +18,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
 from s2train.checkpoints.async_writers import start_results_manager
-from s2train.checkpoints.folders import (
-    Progress,
-    checkpoints_in,
-    folder_name,
-    is_own,
-    own_checkpoints,
-    step_of,
-    write_config,
-)
+from s2train.checkpoints.folders import Progress, write_config
 from s2train.checkpoints.integrity import CONFIG, PROGRESS, clear_failed_load, record_failed_load
+from s2train.checkpoints.listing import checkpoints_in, folder_name, is_own, own_checkpoints, step_of
 from s2train.checkpoints.missing_weights import leave_out_missing
 from s2train.checkpoints.optimizer_state_conversion import convert_param_groups
 from s2train.checkpoints.random_state import current_rng_ranks, set_rng, sharded_rng

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from s2train.checkpoints.folders import Progress, is_own, read_config, read_progress, remedy_for_damage
+from s2train.checkpoints.folders import Progress, read_config, read_progress, remedy_for_damage
 from s2train.checkpoints.integrity import damage
+from s2train.checkpoints.listing import is_own
 from s2train.config import PretrainConfig
 from s2train.errors import ConfigError
 

@@ -14,7 +14,8 @@ from torch.profiler import record_function
 from torch.utils.data import Dataset
 
 from s2train.batch_sizes import batch_size, samples_of
-from s2train.checkpoints.folders import Progress, checkpoints_in, own_checkpoints
+from s2train.checkpoints.folders import Progress
+from s2train.checkpoints.listing import checkpoints_in, own_checkpoints
 from s2train.checkpoints.random_state import current_rng_ranks
 from s2train.checkpoints.run_state import Saver, TrainingState
 from s2train.config import PretrainConfig

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from s2train.checkpoints.folders import checkpoints_in
 from s2train.checkpoints.integrity import damage
+from s2train.checkpoints.listing import checkpoints_in
 from tests.program import error_line, metrics, pretrain, run
 
 pytestmark = [pytest.mark.slow]

@@ -11,8 +11,9 @@ from unittest import mock
 
 import pytest
 
-from s2train.checkpoints.folders import checkpoints_in, read_progress
+from s2train.checkpoints.folders import read_progress
 from s2train.checkpoints.integrity import damage
+from s2train.checkpoints.listing import checkpoints_in
 from s2train.errors import EXIT_REQUEUE
 from s2train.training.records import read_records
 from tests.program import PRELOADED, ROOT, SMALL, UNSAVED, Outcome, error_line, launch, pretrain, run

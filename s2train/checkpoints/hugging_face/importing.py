@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from s2train.checkpoints.async_writers import start_results_manager
-from s2train.checkpoints.folders import Progress, folder_name, write_config
+from s2train.checkpoints.folders import Progress, write_config
 from s2train.checkpoints.hugging_face.config import ImportConfig
 from s2train.checkpoints.hugging_face.folder import WeightsFolder, require_safetensors
 from s2train.checkpoints.hugging_face.layout_json import layout_json
@@ -17,6 +17,7 @@ from s2train.checkpoints.hugging_face.run_settings import KEY, ModelFiles, copy_
 from s2train.checkpoints.hugging_face.tokenizer_files import TOKENIZER
 from s2train.checkpoints.hugging_face.weights import EMBEDDING, OUTPUT, from_llama, llama_shapes, with_rows
 from s2train.checkpoints.integrity import CONFIG, PROGRESS
+from s2train.checkpoints.listing import folder_name
 from s2train.checkpoints.masks import mask_digests
 from s2train.checkpoints.shards import sharding_metadata
 from s2train.config import (
