@@ -27,6 +27,7 @@ from _deadline import Deadline, minutes
 from rich.console import Console
 from rich.table import Table
 
+from s2train.checkpoints.listing import checkpoint_at, checkpoints_of
 from s2train.costs.prediction import ModelCosts, model_costs
 from s2train.environment.cores import available_cores
 from s2train.needles.recipe import PHASES, Phase, document_settings, evaluation_settings
@@ -88,8 +89,9 @@ def train_command(root: Path, variant: str, number: int, under_yarn: bool = Fals
     phase, run = PHASES[number], run_folder(root, variant, number, under_yarn)
     before = PHASES[number - 1].length
     scaling = f"model.rope_scaling={{kind:yarn,factor:{phase.length // before},original_length:{before}}}"
-    started = any((run / "checkpoints").glob("iter_*"))
-    resume = [] if started or number == 0 else [f"checkpoint.resume={run_folder(root, variant, number - 1)}"]
+    resume = (
+        [] if number == 0 or checkpoints_of(run) else [f"checkpoint.resume={run_folder(root, variant, number - 1)}"]
+    )
     blend = ",".join(f"{weight},{root}/data/{phase.name}-{name}" for name, weight in phase.blend)
     return [
         str(LAUNCH / "pretrain.py"),
@@ -149,7 +151,7 @@ def extend_commands(root: Path, variant: str) -> list[list[str]]:
 
 def is_trained(root: Path, variant: str, number: int) -> bool:
     """Whether phase `number` is complete."""
-    return (run_folder(root, variant, number) / "checkpoints" / f"iter_{last_step(number):07d}").is_dir()
+    return checkpoint_at(run_folder(root, variant, number), last_step(number)).is_dir()
 
 
 def trained_otherwise(root: Path, variant: str, last: int, settings: Sequence[str]) -> str | None:
@@ -234,8 +236,8 @@ def extend(root: Path, variant: str, settings: Sequence[str], deadline: Deadline
 
 def curve(root: Path, variant: str, last: int, deadline: Deadline) -> None:
     """Evaluate every checkpoint of the phases up to `last`."""
-    folders = [run_folder(root, variant, number) / "checkpoints" for number in range(last + 1)]
-    checkpoints = [path for folder in folders for path in sorted(folder.glob("iter_*"))]
+    runs = [run_folder(root, variant, number) for number in range(last + 1)]
+    checkpoints = [path for run in runs for path in checkpoints_of(run)]
     if not checkpoints:
         sys.exit(f"no checkpoint of {variant} in {root}: {train_first(root, variant)}")
     deadline.run_together(curve_commands(checkpoints), 6)  # on one GPU: start-up dominates

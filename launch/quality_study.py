@@ -31,6 +31,7 @@ from filelock import FileLock
 from rich.console import Console
 
 from s2train.checkpoints.integrity import damage
+from s2train.checkpoints.listing import checkpoint_at, checkpoints_in
 from s2train.command_line.program import run_command
 from s2train.config import PretrainConfig
 from s2train.errors import ConfigError
@@ -154,7 +155,7 @@ def measure_speed(
 
 def last_checkpoint(folders: Folders, run: Run, recipe: Recipe) -> Path:
     """Folder of a finished run's checkpoint."""
-    return folders.run(run) / "checkpoints" / f"iter_{steps_of(run, recipe)[1]:07d}"
+    return checkpoint_at(folders.run(run), steps_of(run, recipe)[1])
 
 
 def recipe_of(folders: Folders, phase: Phase, given: Recipe | None) -> Recipe:
@@ -208,7 +209,7 @@ def train(
         problem = f"{run.name} starts from {run.before.name}, which is not trained here"
         remedy = f"Train it first: python launch/quality_study.py train {run.before.variant} --phase {run.before.phase}"
         remedy += f" --seed {run.seed} --root {folders.root}"
-        if others := sorted(start.parent.glob("iter_*")):
+        if others := checkpoints_in(start.parent):
             problem = f"{run.name} starts from {start}, and only {others[-1].name} is there"
             remedy += ", or set the --batch-tokens that it was trained with"
         elif folders.result(run.before).is_file():  # with which it is not trained again

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from s2train.checkpoints.integrity import CONFIG, PROGRESS, damage, known_problem
-from s2train.checkpoints.listing import checkpoints_in, step_of
+from s2train.checkpoints.listing import checkpoints_in, checkpoints_of, step_of
 from s2train.command_line.old_names import rename_saved
 from s2train.config import PretrainConfig
 from s2train.errors import ConfigError, message_line
@@ -76,7 +76,7 @@ def find_checkpoint(where: str | Path, setting: str = "checkpoint") -> Path:
     path = Path(where)
     if path in checkpoints_in(path.parent):
         return path
-    found = checkpoints_in(path / "checkpoints") or checkpoints_in(path)
+    found = checkpoints_of(path) or checkpoints_in(path)
     if not found:
         remedy = "Give a run folder or one of its checkpoints/iter_*"
         if any(path.glob("*.safetensors")):

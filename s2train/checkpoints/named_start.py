@@ -3,9 +3,8 @@
 Imports Megatron only then.
 """
 
-from pathlib import Path
-
 from s2train.attention.teacher import teacher_setting
+from s2train.checkpoints.listing import checkpoints_of
 from s2train.config import PretrainConfig
 from s2train.environment.imports import quick_imports
 from s2train.planning import hybrid_layout
@@ -31,4 +30,4 @@ def _names_checkpoint(cfg: PretrainConfig) -> bool:
     """Whether settings name a checkpoint, or the run folder holds one."""
     is_named = cfg.checkpoint.resume not in ("auto", "never") or cfg.checkpoint.new_data
     has_teacher = teacher_setting(hybrid_layout(cfg).layers) is not None
-    return is_named or has_teacher or any(Path(cfg.run_dir, "checkpoints").glob("iter_*"))
+    return is_named or has_teacher or bool(checkpoints_of(cfg.run_dir))

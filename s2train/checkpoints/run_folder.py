@@ -7,7 +7,7 @@ from pathlib import Path
 
 from s2train.checkpoints.folders import find_checkpoint, read_config
 from s2train.checkpoints.integrity import known_problem
-from s2train.checkpoints.listing import checkpoints_in, is_own, own_checkpoints, step_of
+from s2train.checkpoints.listing import checkpoints_of, is_own, own_checkpoints, step_of
 from s2train.config import PretrainConfig
 from s2train.errors import ConfigError
 from s2train.files import FolderLock, lock_folder
@@ -21,7 +21,7 @@ def choose_checkpoint(cfg: PretrainConfig) -> Path | None:
     Raises:
         ConfigError: `checkpoint.resume` names no checkpoint, or the run would add its own among later ones.
     """
-    resume, own = cfg.checkpoint.resume, checkpoints_in(own_checkpoints(cfg.run_dir))
+    resume, own = cfg.checkpoint.resume, checkpoints_of(cfg.run_dir)
     if resume == "auto":
         return own[-1] if own else None
     # The same command was started before.
@@ -55,7 +55,7 @@ def _later_checkpoints(cfg: PretrainConfig, start: Path | None) -> list[Path]:
 
     A run from `start` would write its own among them.
     """
-    own = checkpoints_in(own_checkpoints(cfg.run_dir))
+    own = checkpoints_of(cfg.run_dir)
     if start is None or not is_own(start, cfg.run_dir):
         return own
     return [path for path in own if step_of(path) > step_of(start)]

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from s2train.checkpoints.listing import is_checkpoint_name
 from s2train.config import PretrainConfig
 from s2train.files import write_json
 from s2train.needles.config import NeedleConfig
@@ -228,7 +229,7 @@ def output_folder(cfg: NeedleConfig) -> Path:
     if cfg.output is not None:
         return Path(cfg.output)
     checkpoint = Path(cfg.checkpoint)
-    iteration = checkpoint.name if checkpoint.name.startswith("iter_") else ""
+    iteration = checkpoint.name if is_checkpoint_name(checkpoint.name) else ""
     run = checkpoint.parent if iteration else checkpoint
     run = run.parent if run.name == "checkpoints" else run
     return run / "needle" / iteration

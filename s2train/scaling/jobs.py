@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from s2train.checkpoints.listing import checkpoint_at
 from s2train.errors import ConfigError
 from s2train.scaling.launchers import Launch, Launcher
 from s2train.scaling.recorded import Recorded
@@ -131,7 +132,7 @@ class Runner:
 
     def checkpoint(self, job: str, step: int) -> Path:
         """Folder in which a job saved this step."""
-        return self._path(job) / "checkpoints" / f"iter_{step:07d}"
+        return checkpoint_at(self._path(job), step)
 
     def worker(self, module: str, name: str, *arguments: str) -> dict[str, Any]:
         """Run a module on all devices, and read its JSON file.

@@ -10,6 +10,7 @@ from typing import Any
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from s2train.checkpoints.listing import checkpoints_of
 from s2train.data.indexed import read_metadata
 from s2train.errors import ConfigError
 from s2train.planning import compose_run
@@ -78,7 +79,7 @@ class Folders:
         return self.root / "runs" / run.name
 
     def has_checkpoint(self, run: Run) -> bool:
-        return any((self.run(run) / "checkpoints").glob("iter_*"))
+        return bool(checkpoints_of(self.run(run)))
 
     def shared_gpu(self, run: Run) -> Path:
         return self.run(run) / "shared-gpu"

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from s2train.batch_sizes import batch_size, samples_of
 from s2train.checkpoints.folders import Progress
-from s2train.checkpoints.listing import checkpoints_in, own_checkpoints
+from s2train.checkpoints.listing import checkpoints_of
 from s2train.checkpoints.random_state import current_rng_ranks
 from s2train.checkpoints.run_state import Saver, TrainingState
 from s2train.config import PretrainConfig
@@ -317,7 +317,7 @@ class Trainer:
         limit = self.cfg.train.max_skipped_steps
         if self.loss_history.skipped_in_row > limit:
             self.saver.close()
-            saved = checkpoints_in(own_checkpoints(self.cfg.run_dir))
+            saved = checkpoints_of(self.cfg.run_dir)
             change = "data.path without such documents" if reason == NO_TOKEN else "a lower optim.lr or optim.clip_grad"
             raise DivergedError(
                 f"step {step}: {reason}; train.max_skipped_steps={limit} steps in a row before it were skipped for the"

@@ -104,6 +104,13 @@ def test_an_unfinished_phase_resumes_from_its_own_checkpoint(recipe: dict[str, A
     assert not recipe["is_trained"](tmp_path, "dense", 1)
 
 
+def test_an_archive_of_a_checkpoint_starts_no_phase(recipe: dict[str, Any], tmp_path: Path) -> None:
+    folder = recipe["run_folder"](tmp_path, "dense", 1) / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "iter_0004001.tar").touch()
+    assert training(recipe, tmp_path, "dense", 1).checkpoint.new_data
+
+
 def test_there_are_documents_for_all_steps_and_each_fills_a_sequence(recipe: dict[str, Any], tmp_path: Path) -> None:
     ends = recipe["PHASES"][0], recipe["PHASES"][-1]
     for phase in recipe["PHASES"]:

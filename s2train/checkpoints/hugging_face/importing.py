@@ -17,7 +17,7 @@ from s2train.checkpoints.hugging_face.run_settings import KEY, ModelFiles, copy_
 from s2train.checkpoints.hugging_face.tokenizer_files import TOKENIZER
 from s2train.checkpoints.hugging_face.weights import EMBEDDING, OUTPUT, from_llama, llama_shapes, with_rows
 from s2train.checkpoints.integrity import CONFIG, PROGRESS
-from s2train.checkpoints.listing import folder_name
+from s2train.checkpoints.listing import checkpoint_at
 from s2train.checkpoints.masks import mask_digests
 from s2train.checkpoints.shards import sharding_metadata
 from s2train.config import (
@@ -65,7 +65,7 @@ def import_llama(cfg: ImportConfig) -> tuple[Path, ModelFiles]:
     run, is_export = _run_settings(cfg, folder, model)
     first = replace(run, train=replace(run.train, seq_length=min(run.train.seq_length, _LONGEST)))
     files = ModelFiles(first, cfg.conf, is_export)
-    final = output / "checkpoints" / folder_name(0)
+    final = checkpoint_at(output, 0)
     temporary = final.with_name(f".{final.name}.partial")
     temporary.mkdir(parents=True)
     try:
