@@ -22,7 +22,7 @@ class Group:
     """Runs of one variant in one phase that differ in their seeds.
 
     Attributes:
-        gpus: number of GPUs whose times are given: the fewest of the phase's runs.
+        gpus: number of GPUs whose times and memory are given: the fewest of the phase's runs.
         speed: measurement of first steps on them; None: none.
         has_times: whether time and throughput are given: not if the phase's are of several GPU models.
     """
@@ -89,9 +89,15 @@ class Group:
         return mean(known) if known else None
 
     @property
-    def memory(self) -> float:
-        """Peak GiB of a GPU."""
-        return max(result.summary.peak_memory_gib for result in self.results)
+    def memory(self) -> float | None:
+        """Peak GiB of one of `gpus` GPUs; None if it is unknown.
+
+        Of runs on them, or else of first steps.
+        """
+        known = [result.summary.peak_memory_gib for result in self.results if result.gpus == self.gpus]
+        if self.speed is not None and not known:
+            known = [self.speed["peak_memory_gib"]]
+        return max(known, default=None)
 
     def gpu_seconds(self, result: Result) -> list[float]:
         """Return the GPU time of a run's evaluations.

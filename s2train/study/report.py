@@ -147,8 +147,8 @@ def _gpus(own: Sequence[Group]) -> list[str]:
     if len({result.gpus for group in own for result in group.results}) > 1:
         alone = f"{own[0].gpus} GPU{'s' if own[0].gpus > 1 else ''}"
         said += [
-            f"GPU time, tokens/s and MFU are those of {alone}: of other runs, those of first steps on {alone},",
-            f"or {UNKNOWN}.",
+            f"GPU time, tokens/s, MFU and peak GiB are those of {alone}: of other runs, those of first steps on",
+            f"{alone}, or {UNKNOWN}.",
         ]
     if len(found := by_device(own)) > 1:
         named = "; ".join(f"{device}: {', '.join(variants)}" for device, variants in found.items())
@@ -253,7 +253,7 @@ def _row(
         spread([] if seconds is None else group.losses_at(seconds)),
         UNKNOWN if group.tokens_per_s is None else f"{group.tokens_per_s:,.0f}",
         UNKNOWN if group.mfu is None else f"{group.mfu:.1%}",
-        f"{group.memory:.1f}",
+        UNKNOWN if group.memory is None else f"{group.memory:.1f}",
     ]
     for length in lengths:
         if length not in completions:

@@ -149,8 +149,18 @@ def test_times_of_runs_on_more_gpus_are_those_of_first_steps_on_the_fewest(folde
     report = write_report(folders)[0].read_text()
     assert cells(report, "hybrid")[6:9] == ["3.0000", "100", "25.0%"]
     assert cells(report, "window")[6:9] == ["–", "–", "–"]
-    assert "those of 1 GPU: of other runs, those of first steps on 1 GPU,\nor –." in report
+    assert "those of 1 GPU: of other runs, those of first steps on\n1 GPU, or –." in report
     assert "is not drawn: phase 16k: window." in report
+
+
+def test_memory_is_that_of_the_gpus_whose_throughput_is_given(folders: Folders) -> None:
+    result(folders, Run("dense"), [4.0, 2.0], step_s=1.0)
+    for variant in ("hybrid", "window"):
+        on_four = {"summary": asdict(summary(200.0)) | {"peak_memory_gib": 4.0}}
+        result(folders, Run(variant), [5.0, 3.0], step_s=2.0, gpus=4, **on_four)
+    measured(folders, hybrid=100)
+    report = write_report(folders)[0].read_text()
+    assert [cells(report, variant)[9] for variant in ("dense", "hybrid", "window")] == ["10.0", "10.0", "–"]
 
 
 def test_times_of_several_gpu_models_are_left_out_and_named(folders: Folders) -> None:
