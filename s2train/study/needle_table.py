@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from s2train.needles.scores import Score
 from s2train.study.comparison import Group
+from s2train.study.protocol import differences
 from s2train.study.tables import recipes, spread, table
 from s2train.study.variants import PHASES
 
@@ -20,13 +21,17 @@ def needle_section(name: str, own: Sequence[Group]) -> str:
         rows.append(
             [group.variant, str(len(group.results)), f"{group.results[0].density:.4f}", *cells, spread(group.losses)]
         )
-    said = recipes((result.recipe for group in own for result in group.results), phase.lr_factor)
+    results = [result for group in own for result in group.results]
+    said = recipes((result.recipe for result in results), phase.lr_factor)
+    asked = {result.run.name: result.needle_settings for result in results if result.needle_settings is not None}
+    differ = differences(asked)
     return "\n".join(
         [
             f"## {phase.title}\n",
             f"The weights of phase {phase.after}, trained for {phase.tokens / 1e6:,.0f}M tokens on documents full of",
             f"needles; {said}.",
             "Exact answers to held-out needles, over all depths asked for [95 % interval].",
+            *([f"Needles differ in {', '.join(differ)}, and are not comparable."] if differ else []),
             "The held-out loss is that on the corpus, of which these documents have nothing.\n",
             table(heads, rows),
         ]

@@ -11,6 +11,7 @@ from s2train.study.files import Folders
 from s2train.study.guidelines import guidelines_section
 from s2train.study.needle_table import needle_section
 from s2train.study.picture import draw_by_position
+from s2train.study.protocol import differences, probe_settings
 from s2train.study.results import Result, read_results
 from s2train.study.speed_picture import draw_by_speed, with_speed
 from s2train.study.tables import UNKNOWN, recipes, spread, table
@@ -181,6 +182,9 @@ def _not_comparable(own: Sequence[Group]) -> list[str]:
     probes = [result.probes for result in results if result.probes]
     if len({(one.get("text", {}).get("sha256"), one.get("tokenizer")) for one in probes}) > 1:
         said.append("Probes are of several texts or tokenizers, and not comparable.")
+    asked = {result.run.name: probe_settings(result.probes) for result in results if result.probes}
+    if found := differences(asked):
+        said.append(f"Probes differ in {', '.join(found)}, and are not comparable.")
     return said
 
 

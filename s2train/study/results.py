@@ -12,6 +12,7 @@ from s2train.errors import ConfigError
 from s2train.files import write_json
 from s2train.needles.scores import Score
 from s2train.study.files import Folders, naming, read_texts
+from s2train.study.protocol import needle_settings
 from s2train.study.recall import Recall, recall_curve
 from s2train.study.settings import Recipe
 from s2train.study.variants import PHASES, Run, counts_exactly
@@ -35,6 +36,7 @@ class Result:
         recall: of selected blocks; empty without them.
         probes: content of RUN-probes.json; None: not probed.
         needles: scores of RUN-needles.json by task and length, over all depths; None: not asked for.
+        needle_settings: by which they were asked for.
     """
 
     run: Run
@@ -52,6 +54,7 @@ class Result:
     recall: tuple[Recall, ...] = ()
     probes: dict[str, Any] | None = None
     needles: dict[tuple[str, int], Score] | None = None
+    needle_settings: dict[str, dict[str, Any]] | None = None
 
     @property
     def loss(self) -> float:
@@ -241,9 +244,11 @@ def _read(folders: Folders, path: Path) -> Result:
     probes, needles = folders.probes(result.run), folders.needles(result.run)
     with naming(probes):
         probed = _probes(json.loads(probes.read_text())) if probes.is_file() else None
+    if not needles.is_file():
+        return replace(result, probes=probed)
     with naming(needles):
-        found = _needle_scores(json.loads(needles.read_text())) if needles.is_file() else None
-    return replace(result, probes=probed, needles=found)
+        content = json.loads(needles.read_text())
+        return replace(result, probes=probed, needles=_needle_scores(content), needle_settings=needle_settings(content))
 
 
 def _probes(content: dict[str, Any]) -> dict[str, Any]:

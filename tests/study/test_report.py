@@ -71,6 +71,22 @@ def test_losses_and_probes_of_different_texts_are_said_not_to_be_comparable(fold
     assert "not comparable" not in (folders.root / "quality.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [({"seed": 7}, "seed"), ({"recurrence": {"by_distance": [], "sequences": 8}}, "sequences"), ({}, None)],
+)
+def test_probes_of_other_settings_are_said_not_to_be_comparable(
+    folders: Folders, change: dict[str, Any], name: str | None
+) -> None:
+    asked = probes(3, 10, 1.0, 1) | {"seed": 1234}
+    asked["recurrence"]["sequences"] = 32
+    for variant, own in (("dense", asked), ("hybrid", asked), ("window", asked | change)):
+        result(folders, Run(variant), [4.0, 2.0], 1.0)
+        folders.probes(Run(variant)).write_text(json.dumps(own))
+    said = f"Probes differ in {name} (window-16k-seed1), and are not comparable."
+    assert (said in write_report(folders)[0].read_text()) == (name is not None)
+
+
 def test_a_phase_after_the_schedule_s_end_is_said_to_be_at_its_lowest_rate(folders: Folders) -> None:
     result(folders, Run("window", "64k"), [4.0, 2.0], 1.0)
     write_report(folders)
@@ -113,6 +129,27 @@ def test_needles_of_seeds_are_counted_together_and_drawn_nowhere(folders: Folder
     assert "trained for 20M tokens on documents full of\nneedles; learning rate 0.0005, 100 tokens a step." in report
     assert cells(report, "dense") == ["dense", "2", "0.5000", "40% [26%, 55%]", "2.0000 [2.0000, 2.0000]"]
     assert "![" not in report
+
+
+@pytest.mark.parametrize(
+    ("settings", "depths", "said"),
+    [
+        ({"seed": 7, "weights": "b"}, (0.0, 1.0), "Needles differ in seed (window-16k-needles-seed1)"),
+        ({"seed": 1234, "weights": "b"}, (0.5,), "Needles differ in depths (window-16k-needles-seed1)"),
+        ({"seed": 1234, "weights": "b"}, (0.0, 1.0), None),
+    ],
+)
+def test_needles_of_other_settings_are_said_not_to_be_comparable(
+    folders: Folders, settings: dict[str, Any], depths: tuple[float, ...], said: str | None
+) -> None:
+    alike = {"seed": 1234, "weights": "a"}, (0.0, 1.0)
+    for variant, (own, at) in {"dense": alike, "hybrid": alike, "window": (settings, depths)}.items():
+        run = Run(variant, "16k-needles")
+        result(folders, run, [4.0, 2.0], 1.0)
+        found = [{"length": 4096, "depth": depth, "correct": 3, "trials": 10} for depth in at]
+        folders.needles(run).write_text(json.dumps({"tasks": {"single": {"cells": found, "settings": own}}}))
+    report = write_report(folders)[0].read_text()
+    assert (said in report) if said else ("Needles differ" not in report)
 
 
 def test_runs_that_shared_a_gpu_have_no_times(folders: Folders) -> None:
