@@ -224,7 +224,7 @@ def train(
         note_sharing(folders, run, shared_gpu)
         deadline.run(train_command(folders, own, gpus), folders.root / "programs.jsonl")
     elif (before := changed_setting(folders.run(run), compose_run(own))) is not None:
-        remedy = "Give the settings that it was trained with, or move the folder away"
+        remedy = "Give the settings and data that it was trained with, or move the folder away"
         raise ConfigError("variant", run.variant, f"{folders.run(run)} was trained with {before}", remedy)
     density = run_density(own, PHASES[run.phase].length)
     path = save_result(

@@ -5,7 +5,7 @@ from typing import Any
 
 from s2train.checkpoints.saved_run import SavedRun
 from s2train.config import PretrainConfig
-from s2train.data.blend import parse_blend
+from s2train.data.blend import dataset_prefixes, parse_blend
 from s2train.data.checks import num_train_samples
 from s2train.data.contents import are_same, contents_of
 from s2train.data.parts import training_part
@@ -31,6 +31,15 @@ def data_order(cfg: PretrainConfig, first_step: int = 0) -> dict[str, Any]:
         "train.seq_length": cfg.train.seq_length,
         "seed": cfg.seed,
     }
+
+
+def has_contents(order: dict[str, Any], cfg: PretrainConfig) -> bool:
+    """Whether datasets have a saved order's contents, at any paths."""
+    try:
+        found = [contents_of(prefix) for prefix in dataset_prefixes(cfg.data.path)]
+    except FileNotFoundError:
+        return False
+    return are_same(order.get(_CONTENTS, []), found, at_same_paths=False)
 
 
 def continued_order(cfg: PretrainConfig, saved: SavedRun) -> dict[str, Any]:

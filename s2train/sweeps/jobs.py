@@ -23,7 +23,7 @@ RECORD, LOG = "sweep.json", "log.txt"
 RANK_LOGS = "logs"  # logs of each rank in a job on several nodes: HOST/START/attempt_N/RANK/stderr.log
 _SET_BY_SWEEP = ("run_dir", "tracking.group")  # settings that the sweep sets for each job
 # Settings that change no result. data.end_token is among them, since a run saves the one recorded in its data.
-_NO_RESULT = ("run_dir", "tracking.", "checkpoint.", "plan", "data.end_token")
+_NO_RESULT = ("run_dir", "tracking.", "checkpoint.", "plan", "data.cache", "data.end_token")
 
 
 class Status(StrEnum):
@@ -148,8 +148,8 @@ def changed_setting(folder: Path, cfg: PretrainConfig) -> str | None:
     """Find a setting of a finished run that differs from `cfg`.
 
     Returns it as the run in `folder` had it, such as `optim.lr=0.001`. Files in conf/ may change under the same
-    overrides. Ignores settings that only one of the two has, and settings that change no result. Returns None if
-    nothing differs.
+    overrides. Ignores settings that only one of the two has, settings that change no result, and paths of data that
+    were moved with the folder. Returns None if nothing differs.
     """
     path = folder / "config.yaml"
     if not path.is_file():
@@ -158,10 +158,13 @@ def changed_setting(folder: Path, cfg: PretrainConfig) -> str | None:
     rename_saved(saved)
     # Through JSON, which turns tuples into lists.
     before, now = (dict(settings_by_name(node)) for node in (saved, json.loads(json.dumps(asdict(cfg)))))
-    for name in now:
-        if name in before and before[name] != now[name] and not name.startswith(_NO_RESULT):
-            return f"{name}={before[name]}"
-    return None
+    names = [name for name in now if name in before and before[name] != now[name] and not name.startswith(_NO_RESULT)]
+    if any(name.startswith("data.") for name in names):
+        from s2train.sweeps.moved_data import moved_data  # imports tokenizers and checkpoints: slow
+
+        moved = moved_data(folder, before, cfg)
+        names = [name for name in names if name not in moved]
+    return next((f"{name}={before[name]}" for name in names), None)
 
 
 def last_error(log: Path) -> str:

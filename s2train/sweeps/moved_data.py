@@ -1,0 +1,47 @@
+"""Finds which of a run's data were moved together with its folder."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from s2train.checkpoints.data_order import has_contents
+from s2train.checkpoints.folders import read_progress
+from s2train.checkpoints.listing import checkpoints_of
+from s2train.config import PretrainConfig
+from s2train.data.tokenizers import fingerprint
+
+
+def moved_data(folder: Path, before: Mapping[str, Any], cfg: PretrainConfig) -> set[str]:
+    """Return the settings of data that were moved with a run's folder.
+
+    Each of their paths has kept its place relative to the folder. Datasets and tokenizer are also those that the last
+    checkpoint records; it records no held-out data.
+
+    Args:
+        folder: of the run now.
+        before: its saved settings by name.
+        cfg: settings that name the data now.
+    """
+    if not (checkpoints := checkpoints_of(folder)):
+        return set()
+    progress, data = read_progress(checkpoints[-1]), cfg.data
+    same = {
+        "data.path": (data.path, has_contents(progress.order, cfg)),
+        "data.valid_path": (data.valid_path, True),
+        "data.tokenizer": (data.tokenizer, progress.tokenizer == fingerprint(data.tokenizer)),
+    }
+    return {
+        name
+        for name, (now, is_same) in same.items()
+        if is_same and _are_in_place(before.get(name), before["run_dir"], now, cfg.run_dir)
+    }
+
+
+def _are_in_place(before: Any, run_before: str, now: Any, run_now: str) -> bool:
+    """Whether paths kept their places relative to the run folder."""
+    entries = [[str(one) for one in (value if isinstance(value, list | tuple) else [value])] for value in (before, now)]
+    return len(entries[0]) == len(entries[1]) and all(
+        old == new or os.path.relpath(old, run_before) == os.path.relpath(new, run_now)
+        for old, new in zip(*entries, strict=True)
+    )
