@@ -117,16 +117,16 @@ def train_command(root: Path, variant: str, number: int, under_yarn: bool = Fals
     ]
 
 
-def needle_command(checkpoint: Path, lengths: list[int], trials: int, output: Path) -> list[str]:
+def needle_command(root: Path, checkpoint: Path, lengths: list[int], trials: int, output: Path) -> list[str]:
     """Return the command that evaluates a checkpoint, `trials` per depth."""
-    return [str(LAUNCH / "needle.py"), *evaluation_settings(checkpoint, lengths, trials, output)]
+    return [str(LAUNCH / "needle.py"), *evaluation_settings(checkpoint, tokenizer(root), lengths, trials, output)]
 
 
-def curve_commands(checkpoints: Sequence[Path]) -> list[list[str]]:
+def curve_commands(root: Path, checkpoints: Sequence[Path]) -> list[list[str]]:
     """Return the commands that evaluate the remaining checkpoints, into their run folders."""
     outputs = [checkpoint.parents[1] / "needle" / checkpoint.name for checkpoint in checkpoints]
     return [
-        needle_command(checkpoint, list(CURVE), 2, output)
+        needle_command(root, checkpoint, list(CURVE), 2, output)
         for checkpoint, output in zip(checkpoints, outputs, strict=True)
         if not (output / "needle.png").is_file()
     ]
@@ -143,9 +143,9 @@ def extend_commands(root: Path, variant: str) -> list[list[str]]:
     """
     before, after = run_folder(root, variant, 0), run_folder(root, variant, 1, under_yarn=True)
     return [
-        needle_command(before, list(EXTENDED), 10, root / variant / "before-yarn"),
+        needle_command(root, before, list(EXTENDED), 10, root / variant / "before-yarn"),
         train_command(root, variant, 1, under_yarn=True),
-        needle_command(after, list(EXTENDED), 10, root / variant / "after-yarn"),
+        needle_command(root, after, list(EXTENDED), 10, root / variant / "after-yarn"),
     ]
 
 
@@ -240,7 +240,7 @@ def curve(root: Path, variant: str, last: int, deadline: Deadline) -> None:
     checkpoints = [path for run in runs for path in checkpoints_of(run)]
     if not checkpoints:
         sys.exit(f"no checkpoint of {variant} in {root}: {train_first(root, variant)}")
-    deadline.run_together(curve_commands(checkpoints), 6)  # on one GPU: start-up dominates
+    deadline.run_together(curve_commands(root, checkpoints), 6)  # on one GPU: start-up dominates
 
 
 def evaluate(root: Path, variant: str, last: int, longest: int, deadline: Deadline) -> None:
@@ -250,7 +250,7 @@ def evaluate(root: Path, variant: str, last: int, longest: int, deadline: Deadli
         sys.exit(f"no phase of {variant} is trained: {train_first(root, variant)}")
     lengths = [length for length in GRID if length <= longest]
     run = run_folder(root, variant, trained[-1])
-    deadline.run(needle_command(run, lengths, 10, root / variant / "grid"), record_file(root, variant))
+    deadline.run(needle_command(root, run, lengths, 10, root / variant / "grid"), record_file(root, variant))
 
 
 def record_file(root: Path, variant: str) -> Path:

@@ -80,14 +80,18 @@ def document_settings(phase: Phase, source: str, held_out: float = 0.0) -> list[
     ]
 
 
-def evaluation_settings(checkpoint: Path, lengths: Sequence[int], trials: int, output: Path) -> list[str]:
+def evaluation_settings(
+    checkpoint: Path, tokenizer: Path, lengths: Sequence[int], trials: int, output: Path
+) -> list[str]:
     """Settings of launch/needle.py that evaluate a checkpoint at eleven depths.
 
     Args:
+        tokenizer: the run's, where it is now: the run's settings name where it was.
         trials: at each depth.
     """
     return [
         f"checkpoint={checkpoint}",
+        f"tokenizer={tokenizer}",
         f"lengths={list(lengths)}",
         f"depths={DEPTHS}",
         f"trials={trials}",

@@ -82,7 +82,8 @@ def _prefix(folders: Folders, phase: Phase, source: str) -> Path:
 def needle_command(folders: Folders, run: Run) -> list[str]:
     """Return the command that asks a run's last checkpoint for needles."""
     length = PHASES[run.phase].length
-    settings = evaluation_settings(folders.run(run), [length // 4, length // 2, length], TRIALS, _output(folders, run))
+    lengths = [length // 4, length // 2, length]
+    settings = evaluation_settings(folders.run(run), folders.tokenizer, lengths, TRIALS, _output(folders, run))
     return [folders.program("needle.py"), *settings, f"task=[{','.join(TASKS)}]"]
 
 

@@ -199,6 +199,7 @@ def probes_command(folders: Folders, run: Run) -> list[str]:
         folders.program("probes.py"),
         f"checkpoint={folders.run(run)}",
         f"text={folders.held_out_text}",
+        f"tokenizer={folders.tokenizer}",  # the run's settings name where it was when the run began
         f"lengths={probed_lengths(length)}",
         f"output={folders.probes(run)}",
     ]

@@ -8,7 +8,9 @@ from s2train.data.indexed import Metadata
 from s2train.data.tokenizers import fingerprint
 from s2train.errors import ConfigError
 from s2train.study.files import Folders
-from s2train.study.needles import Documents
+from s2train.study.needles import Documents, needle_command
+from s2train.study.settings import probes_command
+from s2train.study.variants import Run
 
 
 @pytest.mark.parametrize(
@@ -30,3 +32,9 @@ def test_documents_that_do_not_fit_a_run_are_rejected(
     else:
         with pytest.raises(ConfigError, match=problem):
             found.check(folders)
+
+
+def test_evaluations_take_the_tokenizer_of_the_root_which_may_have_been_moved() -> None:
+    folders = Folders(Path("now"), Path("launch"))
+    for command in (probes_command(folders, Run("dense")), needle_command(folders, Run("dense", "16k-needles"))):
+        assert "tokenizer=now/data/train-tokenizer.json" in command
