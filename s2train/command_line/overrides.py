@@ -16,11 +16,15 @@ _LIST_OR_QUOTED = re.compile(r"""\[.*\]|'([^'\\]|\\.)*'|"([^"\\]|\\.)*\"""", re.
 _PARSED = re.compile(r"\+{0,2}[A-Za-z_]\w*(\.[A-Za-z_]\w*)*=[\w./+-]+", re.ASCII)
 
 
-def quoted(value: object) -> str:
-    """Quote a value so that Hydra reads exactly this text."""
+def quoted(value: object, mark: str = "'") -> str:
+    """Quote a value so that Hydra reads exactly this text.
+
+    Args:
+        mark: single or double quote.
+    """
     # A backslash is literal, except before a quote, where it must be doubled.
-    text = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), str(value))
-    return f"'{text}'"
+    text = re.sub(rf"(\\*)({mark}|$)", lambda found: found[1] * 2 + (f"\\{mark}" if found[2] else ""), str(value))
+    return f"{mark}{text}{mark}"
 
 
 def quote_where_needed(arguments: Sequence[str]) -> list[str]:

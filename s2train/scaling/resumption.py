@@ -15,6 +15,7 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from s2train.checkpoints.integrity import COMMON
+from s2train.command_line.commands import hydra_setting
 from s2train.scaling.jobs import Job, Outcome, Runner
 
 STEPS, STOP = 20, 10
@@ -133,7 +134,7 @@ def _resumed(runner: Runner, name: str, size: int, settings: tuple[str, ...], be
 
     It resumes from the job `before`, and saves at the end.
     """
-    own = (f"checkpoint.resume='{runner.checkpoint(before, start)}'", f"train.exit_step={end}")
+    own = (hydra_setting("checkpoint.resume", runner.checkpoint(before, start)), f"train.exit_step={end}")
     return Job(name, size, (*settings, *own), saves=(end,), after=before)
 
 

@@ -4,7 +4,6 @@ They are in an export's config.json, and in files that `+model=imported/NAME` co
 """
 
 import re
-import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
@@ -16,6 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from s2train.checkpoints.hugging_face.tokenizer_files import TOKENIZER
+from s2train.command_line.commands import hydra_setting, python_command
 from s2train.command_line.composition import CONF
 from s2train.config import LayoutConfig, ModelConfig, PretrainConfig, ScheduleConfig
 from s2train.errors import ConfigError
@@ -142,21 +142,20 @@ class ModelFiles:
         """
         if self._tokenizer == "bytes":
             return None
-        words = ["python", "launch/prepare_data.py", "input=bundled", _setting("output", self._data)]
-        end = [] if self._end_token is None else [_setting("end_token", self._end_token)]
-        return shlex.join([*words, _setting("tokenizer", self._tokenizer), *end])
+        words = ["input=bundled", hydra_setting("output", self._data), hydra_setting("tokenizer", self._tokenizer)]
+        end = [] if self._end_token is None else [hydra_setting("end_token", self._end_token)]
+        return python_command("launch/prepare_data.py", *words, *end)
 
     def command(self, start: str) -> str:
         """Return a shell command that starts a run from `start`.
 
         `start` is the import.
         """
-        words = ["python", "launch/pretrain.py"]
-        if self._conf is not None:
-            words += ["--config-dir", self._conf]
-        words += [f"+model={IMPORTED}/{self._name}", _setting("checkpoint.resume", start)]
-        words += [_setting("run_dir", f"runs/{self._name}-trained")]
-        return shlex.join([*words, *([] if self.data_command is None else [_setting("data.path", self._data)])])
+        words = [] if self._conf is None else ["--config-dir", self._conf]
+        words += [f"+model={IMPORTED}/{self._name}", hydra_setting("checkpoint.resume", start)]
+        words += [hydra_setting("run_dir", f"runs/{self._name}-trained")]
+        data = [] if self.data_command is None else [hydra_setting("data.path", self._data)]
+        return python_command("launch/pretrain.py", *words, *data)
 
     @property
     def _data(self) -> str:
@@ -176,10 +175,3 @@ def _model(model: ModelConfig) -> dict[str, Any]:
     settings, scaling = asdict(model), model.rope_scaling
     del settings["rope_scaling"]
     return settings if scaling.kind == "none" else settings | {"rope_scaling": {"kind": scaling.kind, **scaling.given}}
-
-
-def _setting(name: str, value: str) -> str:
-    if re.fullmatch(r"[A-Za-z0-9._/-]+", value):
-        return f"{name}={value}"
-    escaped = value.replace("'", "\\'")
-    return f"{name}='{escaped}'"

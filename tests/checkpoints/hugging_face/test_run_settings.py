@@ -63,14 +63,14 @@ def test_the_printed_command_composes_the_models_settings(tmp_path: Path) -> Non
         "launch/prepare_data.py",
         "input=bundled",
         "output=runs/data/start",
-        "tokenizer='/a folder/tokenizer.json'",
-        "end_token='<|im_end|>'",
+        "tokenizer=/a folder/tokenizer.json",
+        'end_token="<|im_end|>"',
     ]
 
 
 def test_data_for_an_import_are_prepared_with_its_end_token(tmp_path: Path) -> None:
     files = ModelFiles(replace(RUN, data=replace(RUN.data, end_token="<eos>")), str(tmp_path), True)
-    assert shlex.split(files.data_command or "")[-1] == "end_token='<eos>'"
+    assert shlex.split(files.data_command or "")[-1] == 'end_token="<eos>"'
 
 
 def test_an_import_of_bytes_trains_on_the_bundled_corpus(tmp_path: Path) -> None:
