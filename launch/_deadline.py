@@ -13,6 +13,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from s2train.command_line.commands import python_command
+
 _LEAST_SECONDS = 40  # to start, do something and save
 _OVER = "time limit reached; the same command resumes"
 
@@ -56,7 +58,7 @@ class Deadline:
         started = time.monotonic()
         if self.is_near:
             sys.exit(_OVER)
-        print("$ python", " ".join(command), flush=True)
+        print(f"$ {python_command(*command)}", flush=True)
         is_over = False
         with _sigterm_raises():
             program = subprocess.Popen([sys.executable, *command], env=self._environment)
@@ -90,7 +92,7 @@ class Deadline:
             with _sigterm_raises():
                 while waiting or running:
                     while waiting and len(running) < at_once and not self.is_near:
-                        print("$ python", " ".join(waiting[0]), flush=True)
+                        print(f"$ {python_command(*waiting[0])}", flush=True)
                         running.append(subprocess.Popen([sys.executable, *waiting.pop(0)], env=self._environment))
                     status = None if time.monotonic() < self._end and (running or not self.is_near) else _OVER
                     for job in [job for job in running if job.poll() is not None]:

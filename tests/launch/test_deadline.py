@@ -2,11 +2,28 @@
 
 import runpy
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.program import ROOT
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_printed_command_can_be_pasted_into_a_shell(
+    together: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    deadline = runpy.run_path(str(ROOT / "launch" / "_deadline.py"))["Deadline"](2)
+    program = tmp_path / "a program.py"
+    program.write_text("import sys, pathlib; pathlib.Path(__file__ + '.got').write_text(repr(sys.argv[1:]))")
+    given = ["run_dir=/tmp/a b", "share=[0.1, 0.3]", "x=$HOME;'"]
+    deadline.run_together([[str(program), *given]], 1) if together else deadline.run([str(program), *given])
+    printed = capsys.readouterr().out.splitlines()[0].removeprefix("$ ")
+    Path(f"{program}.got").unlink()
+    subprocess.run(["bash", "-c", printed.replace("python", sys.executable, 1)], check=True)
+    assert Path(f"{program}.got").read_text() == repr(given)
 
 
 @pytest.mark.parametrize("together", [False, True])
