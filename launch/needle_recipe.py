@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from s2train.checkpoints.listing import checkpoint_at, checkpoints_of
+from s2train.command_line.commands import python_command
 from s2train.costs.prediction import ModelCosts, model_costs
 from s2train.environment.cores import available_cores
 from s2train.needles.recipe import PHASES, Phase, document_settings, evaluation_settings
@@ -212,7 +213,7 @@ def phase_costs(root: Path, variant: str, number: int) -> ModelCosts:
 def train(root: Path, variant: str, last: int, settings: Sequence[str], deadline: Deadline) -> None:
     """Train the phases up to `last` that are not trained."""
     if not tokenizer(root).is_file():
-        sys.exit(f"no data in {root}: first run python launch/needle_recipe.py data --root {root}")
+        sys.exit(f"no data in {root}: first run {own_command('data', root)}")
     if settings and (problem := trained_otherwise(root, variant, last, settings)):
         sys.exit(problem)
     for number in range(last + 1):
@@ -227,7 +228,7 @@ def extend(root: Path, variant: str, settings: Sequence[str], deadline: Deadline
         sys.exit(f"the first phase of {variant} is not trained: {remedy}")
     indices = [data_index(root, PHASES[1], name) for name, _ in PHASES[1].blend]
     if missing := [path for path in indices if not path.is_file()]:
-        remedy = f"run python launch/needle_recipe.py data --root {root} --longest {PHASES[1].length}"
+        remedy = f"run {own_command('data', root)} --longest {PHASES[1].length}"
         sys.exit(f"no {missing[0].name} in {missing[0].parent}: first {remedy}")
     before, continued, after = extend_commands(root, variant)
     for command in (before, [*continued, *settings], after):
@@ -258,7 +259,12 @@ def record_file(root: Path, variant: str) -> Path:
 
 
 def train_first(root: Path, variant: str) -> str:
-    return f"first run python launch/needle_recipe.py train {variant} --root {root}"
+    return f"first run {own_command('train', root, variant)}"
+
+
+def own_command(action: str, root: Path, *words: str) -> str:
+    """Return the shell command that takes an action of the recipe."""
+    return python_command("launch/needle_recipe.py", action, *words, "--root", root)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -207,8 +207,7 @@ def train(
     check_data(folders)
     if run.before is not None and not (start := last_checkpoint(folders, run.before, recipe)).is_dir():
         problem = f"{run.name} starts from {run.before.name}, which is not trained here"
-        remedy = f"Train it first: python launch/quality_study.py train {run.before.variant} --phase {run.before.phase}"
-        remedy += f" --seed {run.seed} --root {folders.root}"
+        remedy = _train_first(folders, run.before)
         if others := checkpoints_in(start.parent):
             problem = f"{run.name} starts from {start}, and only {others[-1].name} is there"
             remedy += ", or set the --batch-tokens that it was trained with"
@@ -240,6 +239,11 @@ def train(
     print(path)
 
 
+def _train_first(folders: Folders, run: Run) -> str:
+    """Remedy of a run that is not trained."""
+    return f"Train it first: {folders.command('train', run.variant, '--phase', run.phase, '--seed', run.seed)}"
+
+
 def _without_weights(folders: Folders, run: Run) -> tuple[str, str]:
     """Problem and remedy of a result without a checkpoint."""
     problem = f"the result of {run.name} is here, and its weights are not"
@@ -269,9 +273,7 @@ def evaluate(folders: Folders, run: Run, settings: Sequence[str], deadline: Dead
         check_held_out(folders)
         check_same_split(folders)
     if not folders.result(run).is_file():
-        which = f"{run.variant} --phase {run.phase} --seed {run.seed} --root {folders.root}"
-        remedy = f"Train it first: python launch/quality_study.py train {which}"
-        raise ConfigError("variant", run.variant, f"{run.name} is not trained", remedy)
+        raise ConfigError("variant", run.variant, f"{run.name} is not trained", _train_first(folders, run))
     if not folders.has_checkpoint(run):
         raise ConfigError("variant", run.variant, *_without_weights(folders, run))
     command = needle_command(folders, run) if needles else probes_command(folders, run)

@@ -11,6 +11,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from s2train.checkpoints.listing import checkpoints_of
+from s2train.command_line.commands import python_command
 from s2train.data.indexed import read_metadata
 from s2train.errors import ConfigError
 from s2train.planning import compose_run
@@ -71,6 +72,10 @@ class Folders:
     @property
     def speed(self) -> Path:
         return self.results / "speed.json"
+
+    def command(self, action: str, *words: object) -> str:
+        """Return the shell command that takes an action of the study."""
+        return python_command("launch/quality_study.py", action, *words, "--root", self.root)
 
     def program(self, name: str) -> str:
         return str(self.launch / name)
@@ -142,7 +147,7 @@ def check_held_out(folders: Folders) -> None:
 
 def _check_text(folders: Folders, path: Path) -> None:
     if not path.is_file():
-        remedy = f"Make the corpus: python launch/quality_study.py data --tree TREE --root {folders.root}"
+        remedy = f"Make the corpus: {folders.command('data', '--tree', 'TREE')}"
         raise ConfigError("root", folders.root, f"{path} is missing", remedy)
     if path.stat().st_size == 0:
         remedy = f"Delete {folders.corpus}, and make it with a larger held_out_share"
@@ -205,7 +210,7 @@ def check_data(folders: Folders) -> None:
     check_same_split(folders)
     for prefix in (folders.train_data, folders.held_out_data):
         if not prefix.with_name(prefix.name + ".idx").is_file():
-            remedy = f"Run python launch/quality_study.py data --root {folders.root}"
+            remedy = f"Run {folders.command('data')}"
             raise ConfigError("root", folders.root, f"{prefix}.idx is missing", remedy)
     check_tokenizer(folders)
 

@@ -191,7 +191,7 @@ def read_results(folders: Folders) -> list[Result]:
         if path.name not in skipped and not path.stem.endswith(("-probes", "-needles"))
     )
     if not paths:
-        remedy = f"Run python launch/quality_study.py train VARIANT --root {folders.root}"
+        remedy = f"Run {folders.command('train', 'VARIANT')}"
         raise ConfigError("root", folders.root, f"{folders.results} holds no results", remedy)
     results = [_read(folders, path) for path in paths]
     _check_positions(dict(zip(paths, results, strict=True)))

@@ -132,7 +132,7 @@ def chosen(folders: Folders) -> Recipe:
     finite = [row for row in rows if row["held_out_loss"] is not None]
     if missing or not finite:
         problem = f"{folders.sweep} lacks {len(missing) or len(rows)} of {len(GRID)} trials"
-        remedy = f"Run python launch/quality_study.py sweep --root {folders.root}, or set --lr and --batch-tokens"
+        remedy = f"Run {folders.command('sweep')}, or set --lr and --batch-tokens"
         raise ConfigError("root", folders.root, problem, remedy)
     best = min(finite, key=lambda row: float(row["held_out_loss"]))
     return Recipe(best["lr"], best["batch_tokens"])

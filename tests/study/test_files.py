@@ -1,4 +1,5 @@
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -28,6 +29,12 @@ def test_an_empty_held_out_split_is_rejected(folders: Folders) -> None:
 def test_a_missing_corpus_names_the_command_that_makes_it(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"quality_study\.py data --tree TREE --root {tmp_path}"):
         check_corpus(Folders(tmp_path, Path("launch")))
+
+
+def test_a_command_of_an_error_names_a_root_with_spaces_as_a_shell_reads_it(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        check_corpus(Folders(tmp_path / "my study", Path("launch")))
+    assert shlex.split(error.value.remedy)[-2:] == ["--root", str(tmp_path / "my study")]
 
 
 def test_a_tokenizer_of_another_split_is_rejected(folders: Folders) -> None:
