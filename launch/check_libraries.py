@@ -8,6 +8,7 @@ listed in `kernels/verified.py`.
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -90,7 +91,7 @@ def main() -> None:
 
 
 def _origin() -> dict[str, Any]:
-    return {"command": f"python launch/check_libraries.py ({' '.join(sys.argv[1:])})", **environment()}
+    return {"command": f"python launch/check_libraries.py ({shlex.join(sys.argv[1:])})", **environment()}
 
 
 def elementwise(folder: Path, names: list[str] | None) -> None:

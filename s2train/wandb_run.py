@@ -6,6 +6,7 @@ The run's own files hold the same numbers, so a failure here only prints one lin
 import os
 import queue
 import secrets
+import shlex
 import string
 import threading
 import time
@@ -196,7 +197,7 @@ class WandbRun:
         return run
 
     def _remedy(self) -> str:
-        return f"wandb sync {self._info.folder}/wandb/*run-*-{self.id}"
+        return f"wandb sync {shlex.quote(str(self._info.folder))}/wandb/*run-*-{self.id}"
 
 
 def place_of(step: int, consumed_tokens: int) -> dict[str, int]:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from s2train.checkpoints.saved_run import SavedRun
+from s2train.command_line.commands import shell_setting
 from s2train.config import PretrainConfig
 from s2train.data.blend import dataset_prefixes, parse_blend
 from s2train.data.checks import num_train_samples
@@ -71,7 +72,7 @@ def check_same_order(before: dict[str, Any], now: dict[str, Any], checkpoint: Pa
             continue
         elsewhere = (
             "train in another run_dir: from step 1, or as a new phase on these data with"
-            f" checkpoint.resume={checkpoint} and checkpoint.new_data=true"
+            f" {shell_setting('checkpoint.resume', checkpoint)} and checkpoint.new_data=true"
         )
         if setting == _CONTENTS:
             problem = f"{checkpoint} was trained on other contents of these files"

@@ -19,6 +19,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from s2train.checkpoints.integrity import CONFIG, PROGRESS, damage, known_problem
 from s2train.checkpoints.listing import checkpoints_in, checkpoints_of, step_of
+from s2train.command_line.commands import hydra_setting, python_command, shell_setting
 from s2train.command_line.old_names import rename_saved
 from s2train.config import PretrainConfig
 from s2train.errors import ConfigError, message_line
@@ -80,7 +81,8 @@ def find_checkpoint(where: str | Path, setting: str = "checkpoint") -> Path:
     if not found:
         remedy = "Give a run folder or one of its checkpoints/iter_*"
         if any(path.glob("*.safetensors")):
-            remedy = f"Import it: python launch/import.py weights={where} output=…, and give that output"
+            command = python_command("launch/import.py", hydra_setting("weights", where))
+            remedy = f"Import it: {command} output=…, and give that output"
         raise ConfigError(setting, where, "no checkpoint there", remedy)
     return found[-1]
 
@@ -143,7 +145,7 @@ def remedy_for_damage(checkpoint: Path, setting: str = "checkpoint") -> str:
     older = [path for path in checkpoints_in(checkpoint.parent) if step_of(path) < step_of(checkpoint)]
     intact = next((path for path in reversed(older) if known_problem(path) is None), None)
     if intact is not None:
-        return f"Use the last intact checkpoint before it: {setting}={intact}"
+        return f"Use the last intact checkpoint before it: {shell_setting(setting, intact)}"
     restart = (
         "start in another run_dir, or from step 1 in this one (damaged checkpoints are renamed and kept):"
         " checkpoint.resume=never"

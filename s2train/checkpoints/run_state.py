@@ -26,6 +26,7 @@ from s2train.checkpoints.optimizer_state_conversion import convert_param_groups
 from s2train.checkpoints.random_state import current_rng_ranks, set_rng, sharded_rng
 from s2train.checkpoints.resume import loads_weights_alone
 from s2train.checkpoints.shards import load_shards, readable_entries, sharding_metadata
+from s2train.command_line.commands import shell_setting
 from s2train.config import OptimConfig, PretrainConfig
 from s2train.distributed.agreement import broadcast_from_rank_0, max_over_ranks
 from s2train.errors import ConfigError, TrainingError, message_line
@@ -257,7 +258,8 @@ def load(cfg: PretrainConfig, state: TrainingState, checkpoint: Path, rng_ranks:
     if any(max_over_ranks(has_shifted_weights(state.optimizer, loaded["optimizer"]))):
         problem = "its fp32 weights are not those of its model: an earlier version of s2train saved them shifted"
         remedy = (
-            f"In another run_dir, take the weights alone: checkpoint.resume={checkpoint} checkpoint.weights_only=true"
+            f"In another run_dir, take the weights alone: {shell_setting('checkpoint.resume', checkpoint)}"
+            " checkpoint.weights_only=true"
         )
         raise ConfigError("checkpoint.resume", checkpoint, problem, remedy)
     _set_hyperparameters(cfg.optim, loaded["optimizer"])

@@ -2,6 +2,7 @@
 
 from s2train.checkpoints.saved_run import SavedRun
 from s2train.checkpoints.setting_changes import Change
+from s2train.command_line.commands import shell_setting
 from s2train.config import PretrainConfig
 from s2train.errors import ConfigError, as_typed
 from s2train.validation.token_budgets import length, step_tokens, token_budgets
@@ -17,7 +18,8 @@ def check_own_start(cfg: PretrainConfig, saved: SavedRun) -> None:
     for name in ("new_data", "weights_only"):
         if getattr(cfg.checkpoint, name) and not getattr(saved.config.checkpoint, name):
             problem = f"would have no effect: the run would resume from its own {saved.checkpoint}"
-            remedy = f"Set another run_dir and checkpoint.resume={cfg.run_dir}, or checkpoint.{name}=false"
+            resume = shell_setting("checkpoint.resume", cfg.run_dir)
+            remedy = f"Set another run_dir and {resume}, or checkpoint.{name}=false"
             raise ConfigError(f"checkpoint.{name}", True, problem, remedy)
 
 

@@ -5,6 +5,7 @@ import numpy.typing as npt
 from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
 
 from s2train.batch_sizes import samples_of
+from s2train.command_line.commands import shell_setting
 from s2train.config import PretrainConfig
 from s2train.data.blend import dataset_prefixes, parse_blend
 from s2train.data.epochs import training_epochs
@@ -98,8 +99,8 @@ def _check_metadata(
     if metadata.fingerprint != tokenizer.fingerprint:
         problem = f"{prefix} was made with another tokenizer, {metadata.tokenizer}"
         remedy = (
-            f"Set data.tokenizer={metadata.tokenizer}, or prepare the text again:"
-            f" python launch/prepare_data.py input=… output=… tokenizer={tokenizer.name}"
+            f"Set {shell_setting('data.tokenizer', metadata.tokenizer)}, or prepare the text again:"
+            f" python launch/prepare_data.py input=… output=… {shell_setting('tokenizer', tokenizer.name)}"
         )
         raise ConfigError("data.tokenizer", tokenizer.name, problem, remedy)
     if metadata.end_token in (None, tokenizer.end_token):

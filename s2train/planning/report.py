@@ -5,6 +5,7 @@ from itertools import groupby
 from typing import Any
 
 from s2train.batch_sizes import samples_of, stages
+from s2train.command_line.commands import shell_setting
 from s2train.config import PretrainConfig
 from s2train.costs.memory import GIB, Memory, offloaded_bytes
 from s2train.costs.stages import Balance
@@ -158,9 +159,10 @@ def _tokenizer_warning(cfg: PretrainConfig, prefix: str) -> str | None:
     metadata = read_metadata(prefix)
     if metadata is None:
         return None
+    its_own = shell_setting("data.tokenizer", metadata.tokenizer)
     if metadata.vocab_size > cfg.model.vocab_size:
         problem = f"the tokenizer of {prefix} has {metadata.vocab_size:,} ids, more than model.vocab_size"
-        remedy = f"{vocabulary_for(metadata.vocab_size, cfg.parallel.tp)}, and data.tokenizer={metadata.tokenizer}"
+        remedy = f"{vocabulary_for(metadata.vocab_size, cfg.parallel.tp)}, and {its_own}"
         return f"warning: {problem}={cfg.model.vocab_size}, so that the run will be rejected. {remedy}"
     from s2train.data.tokenizers import fingerprint  # imports tokenizers, which a start doesn't wait for
 
@@ -168,7 +170,7 @@ def _tokenizer_warning(cfg: PretrainConfig, prefix: str) -> str | None:
     if fingerprint(cfg.data.tokenizer) in (None, metadata.fingerprint):
         return None
     problem = f"{prefix} was made with another tokenizer than data.tokenizer={cfg.data.tokenizer}"
-    return f"warning: {problem}, so that the run will be rejected. Set data.tokenizer={metadata.tokenizer}"
+    return f"warning: {problem}, so that the run will be rejected. Set {its_own}"
 
 
 def _device(plan: Plan) -> str:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from filelock import FileLock, Timeout
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
+from s2train.command_line.commands import shell_setting
 from s2train.data.bundled import count_ids, unigram_entropy
 from s2train.data.indexed import Metadata, read_document_lengths, read_metadata
 from s2train.data.tokenizers import SMALLEST_BPE, load_tokenizer, train_bpe
@@ -108,7 +109,7 @@ def _prefix(cfg: PrepareConfig) -> Path:
         raise ConfigError("output", cfg.output, "names no file", "Set a prefix, e.g. runs/data/mine")
     if output.suffix in (".bin", ".idx"):
         problem = "is a prefix, to which .bin and .idx are added"
-        raise ConfigError("output", cfg.output, problem, f"Set output={output.with_suffix('')}")
+        raise ConfigError("output", cfg.output, problem, f"Set {shell_setting('output', output.with_suffix(''))}")
     return output
 
 

@@ -15,6 +15,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from s2train.command_line.commands import shell_setting
+from s2train.command_line.layout_files import PREFIX
 from s2train.config import LayoutConfig
 from s2train.costs.memory import GIB
 from s2train.costs.prediction import ModelCosts, model_costs
@@ -77,7 +79,8 @@ def choose_layout(cfg: ChooseLayoutConfig) -> Choice:
     picture, figures = output.with_suffix(".png"), output.with_suffix(".json")
     draw_choice(picture, profile, hybrid, choice.lengths[-1])
     write_json(figures, _content(cfg, profile, choice, command))
-    console.print(f"layout {output} (use it as layout=file:{output})   picture {picture}   figures {figures}")
+    use = shell_setting("layout", f"{PREFIX}{output}")
+    console.print(f"layout {output} (use it as {use})   picture {picture}   figures {figures}")
     return choice
 
 

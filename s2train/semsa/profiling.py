@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
+from s2train.command_line.commands import shell_setting
 from s2train.config import ParallelConfig
 from s2train.distributed.agreement import broadcast_from_rank_0
 from s2train.distributed.ranks import is_rank_0, world_size
@@ -85,7 +86,8 @@ def profile_checkpoint(cfg: ProfileAttentionConfig) -> None:
                 print(f"sample {so_far}/{cfg.samples}, {seconds:.2f} s each{left}", flush=True)
     if is_first:
         request.unfinished.unlink(missing_ok=True)
-        print(f"profile {request.output} (use it: launch/choose_layout.py profile={request.output})", flush=True)
+        use = f"launch/choose_layout.py {shell_setting('profile', request.output)}"
+        print(f"profile {request.output} (use it: {use})", flush=True)
     if cfg.verify:
         from s2train.semsa.verification import verify  # matplotlib: slow
 

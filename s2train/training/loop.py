@@ -18,6 +18,7 @@ from s2train.checkpoints.folders import Progress
 from s2train.checkpoints.listing import checkpoints_of
 from s2train.checkpoints.random_state import current_rng_ranks
 from s2train.checkpoints.run_state import Saver, TrainingState
+from s2train.command_line.commands import shell_setting
 from s2train.config import PretrainConfig
 from s2train.costs.memory import GIB
 from s2train.costs.phases import mean_flops
@@ -322,7 +323,7 @@ class Trainer:
             raise DivergedError(
                 f"step {step}: {reason}; train.max_skipped_steps={limit} steps in a row before it were skipped for the"
                 " same reason. Nothing was saved. Resume from an earlier checkpoint in another run_dir"
-                f" (checkpoint.resume={saved[-1] if saved else '…'}), with {change}"
+                f" ({shell_setting('checkpoint.resume', saved[-1]) if saved else 'checkpoint.resume=…'}), with {change}"
             )
 
     def _log_batch(self, event: str, step: int, consumed: int, size: int, what: str, loss: float) -> None:

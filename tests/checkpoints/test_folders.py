@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shlex
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,15 @@ def test_an_export_named_as_a_checkpoint_is_rejected_with_the_import_as_remedy(t
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(ConfigError, match=rf"no checkpoint there\. Import it: .*weights={tmp_path} output="):
         find_checkpoint(tmp_path)
+
+
+def test_the_import_of_a_folder_with_spaces_is_quoted_for_the_shell(tmp_path: Path) -> None:
+    export = tmp_path / "my export"
+    export.mkdir()
+    (export / "model.safetensors").touch()
+    with pytest.raises(ConfigError) as error:
+        find_checkpoint(export)
+    assert f"weights={export}" in shlex.split(error.value.remedy)
 
 
 def attempt(path: Path, results: "multiprocessing.SimpleQueue[str]") -> None:
