@@ -76,6 +76,7 @@ def test_a_name_of_a_sweep_is_checked_too() -> None:
         ("train.tokens=1.5B", "It takes float | None, without a unit: 1500000000 or 1610612736."),
         ("model.name=[32k]", "It takes str."),
         ("layout.pattern=5", "Set one of layout.pattern.kind, layout.pattern.local"),
+        ("layout.patterns.W={kind:dense}", "Write '+layout.patterns.W={kind:dense}' to add it, or correct its name."),
         ("layout.patterns.W.kind=dense", "Write +layout.patterns.W.kind=dense to add it, or correct its name."),
         ("profile.ranks=1", "Write a list: 'profile.ranks=[1]'."),
         ("profile.steps=10", "Write a list: 'profile.steps=[10,10]'."),
