@@ -171,8 +171,8 @@ class Run:
         return replace(self, phase=phase.after, variant="dense" if phase.from_dense else self.variant)
 
 
-# The study: two seeds of what is compared first, one of the rest, all continued on needles; kinds started from the dense
-# runs' weights; then two seeds of every kind on a smaller model.
+# The study: two seeds of what is compared first, one of the rest, all continued on needles; kinds started from weights
+# of dense runs; then two seeds of every kind on a smaller model.
 _AT_16K = (
     *(Run(variant, seed=seed) for seed in SEEDS for variant in ("dense", "hybrid", "window", "homogeneous")),
     *(Run(variant) for variant in ("sparse", "d1s7", "d1s15", "window_sinks")),
