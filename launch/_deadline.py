@@ -79,7 +79,7 @@ class Deadline:
                     _append(record, {"command": command, "seconds": round(seconds, 3), "status": program.poll()})
         print(f"# {seconds:.1f} s", flush=True)
         if is_over or program.returncode:
-            sys.exit(_OVER if is_over else program.returncode)
+            sys.exit(_OVER if is_over else _status(program.returncode))
 
     def run_together(self, commands: list[list[str]], at_once: int) -> None:
         """Run programs of launch/ in parallel, `at_once` at a time.
@@ -97,7 +97,7 @@ class Deadline:
                     status = None if time.monotonic() < self._end and (running or not self.is_near) else _OVER
                     for job in [job for job in running if job.poll() is not None]:
                         running.remove(job)
-                        status = job.returncode or status
+                        status = _status(job.returncode) or status
                     if status:
                         sys.exit(status)
                     time.sleep(0.2)
@@ -120,6 +120,17 @@ def _sigterm_raises() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _status(returncode: int) -> int | str:
+    """Return what to exit with.
+
+    It is a message if a signal ended the program, which then printed none.
+    """
+    if returncode >= 0:
+        return returncode
+    why = ": if nobody sent it, memory ran out" if -returncode == signal.SIGKILL else ""
+    return f"error: {signal.Signals(-returncode).name} ended the program{why}"
 
 
 def _stop(programs: list[subprocess.Popen[bytes]]) -> None:

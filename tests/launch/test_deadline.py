@@ -43,3 +43,12 @@ def test_sigterm_lets_the_programs_save_and_waits_for_them(together: bool, tmp_p
     assert stopped.value.code == 128 + signal.SIGTERM
     assert Path(f"{program}.saved").exists()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_program_that_a_signal_ends_is_reported(together: bool, tmp_path: Path) -> None:
+    deadline = runpy.run_path(str(ROOT / "launch" / "_deadline.py"))["Deadline"](2)
+    program = tmp_path / "program.py"
+    program.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    with pytest.raises(SystemExit, match="SIGKILL ended the program"):
+        deadline.run_together([[str(program)]], 1) if together else deadline.run([str(program)])
