@@ -64,7 +64,7 @@ def micro_batches(
         generator=torch.Generator(),
     )
     cp_group = parallel_state.get_context_parallel_group()
-    for item in loader:
+    for item in start_workers(loader):
         batch = {key: item[key].to(device, non_blocking=True) for key in _KEYS}
         batch = slice_batch_for_context_parallel(batch, cp_group)
         if within_documents:
@@ -105,6 +105,15 @@ class EarlyBatches(Iterator[Batch]):
         if isinstance(fetched, Exception):
             raise fetched
         return fetched
+
+
+def start_workers(loader: DataLoader) -> Iterator[Any]:
+    """Start a loader's workers, which hold back SIGTERM until `ignore_group_signals` runs in them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # new processes inherit it
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def ignore_group_signals(worker: int) -> None:

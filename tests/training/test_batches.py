@@ -1,11 +1,21 @@
-"""Micro batches carry the bounds of their documents, and can be fetched early."""
+"""Micro batches carry their documents' bounds, load early, and survive signals."""
 
+import subprocess
+import time
 from collections.abc import Iterator
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
-from s2train.training.batches import Batch, EarlyBatches, collate_documents, document_bounds
+from s2train.training.batches import (
+    Batch,
+    EarlyBatches,
+    collate_documents,
+    document_bounds,
+    ignore_group_signals,
+    start_workers,
+)
 
 
 def test_bounds_are_first_positions_and_then_the_length_repeated() -> None:
@@ -63,3 +73,16 @@ def test_tokens_that_count_are_counted_before_their_batches_are_taken(monkeypatc
     batches.fetch()
     assert [float(batches.counted_tokens(count)) for count in (2, 3)] == [4, 5]
     assert all(next(batches)["loss_mask"] is mask for mask in masks)
+
+
+def ignore_later(worker: int) -> None:
+    """As on a busy machine."""
+    time.sleep(0.5)
+    ignore_group_signals(worker)
+
+
+def test_a_worker_survives_a_signal_of_its_group_before_it_has_begun() -> None:
+    batches = start_workers(DataLoader([1, 2], num_workers=1, worker_init_fn=ignore_later))
+    worker = batches._workers[0]  # type: ignore[attr-defined]
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)  # from another process than the worker's parent
+    assert [int(batch) for batch in batches] == [1, 2]
