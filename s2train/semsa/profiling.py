@@ -138,9 +138,15 @@ def _is_finished(cfg: ProfileAttentionConfig, request: Request, about: Mapping[s
 
 
 def _others(earlier: Profile, about: Mapping[str, Any]) -> list[str]:
-    """Name what a profile was made with and `about` has otherwise."""
-    asked = json.loads(json.dumps(dict(about)))
-    return [name for name in asked if name not in _MAY_DIFFER and earlier.about.get(name) != asked[name]]
+    """Name what a profile was made with and `about` has otherwise.
+
+    Settings of the model that an earlier version did not have, have their defaults.
+    """
+    made, asked = (
+        json.loads(json.dumps(values))
+        for values in (dict(earlier.about) | {"model": asdict(earlier.model)}, dict(about))
+    )
+    return [name for name in asked if name not in _MAY_DIFFER and made.get(name) != asked[name]]
 
 
 def _unfinished(request: Request, about: Mapping[str, Any], overwrite: bool, ranks: int) -> Profile | None:

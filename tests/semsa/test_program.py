@@ -89,6 +89,18 @@ def test_an_interrupted_profile_resumes_from_its_sums(folder: Path) -> None:
 
 
 @pytest.mark.slow
+def test_an_unfinished_profile_of_an_earlier_version_resumes(folder: Path, of_one_sample: Path) -> None:
+    """Its model has no setting that a later version added."""
+    begun = load_profile(of_one_sample)
+    model = {name: value for name, value in begun.about["model"].items() if name not in ("qk_norm", "rope_scaling")}
+    about = dict(begun.about) | {"model": model, "samples": 2}
+    Profile(begun.blocks, begun.rules, None, about).save(folder / "earlier.unfinished.npz")
+    found, outcome = profiled(folder, "earlier", "samples=2")
+    assert "resumed after 1" in outcome.out
+    assert found.tokens > begun.tokens
+
+
+@pytest.mark.slow
 def test_a_profile_that_was_killed_in_its_verification_is_verified_by_the_same_command(folder: Path) -> None:
     words = ["samples=1", "verify=3", "verify_samples=1"]
     profiled(folder, "killed", *words)
