@@ -85,7 +85,7 @@ def build_optimizer(
         params_dtype=DTYPES[cfg.train.precision],
         use_distributed_optimizer=cfg.parallel.distributed_optimizer,
         overlap_param_gather=_overlaps_param_gather(cfg),
-        **optim.options,
+        **_options(cfg),
         **_offload(optim),
     )
     groups = get_standard_config_overrides(settings)  # what has one dimension does not decay
@@ -121,6 +121,15 @@ def build_optimizer(
         override_opt_param_scheduler=True,
     )
     return optimizer, scheduler
+
+
+def _options(cfg: PretrainConfig) -> dict[str, Any]:
+    """Return `optim.options`, with which Muon's update doesn't depend on `parallel.tp`.
+
+    By Megatron's default each tensor parallel rank orthogonalizes its part of a matrix, not the matrix.
+    """
+    own = {"muon_tp_mode": "duplicated"} if cfg.optim.name == "muon" and cfg.parallel.tp > 1 else {}
+    return own | cfg.optim.options
 
 
 def _offload(optim: OptimConfig) -> dict[str, Any]:

@@ -60,3 +60,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one(name: str, precision: str, tm
             tmp_path / "other", start, "parallel.distributed_optimizer=false", "train.precision=fp32", processes=0
         )
         assert "holds optimizer state saved with optim.name=sgd" in error_line(other)
+
+
+def test_muon_trains_on_two_tensor_parallel_ranks_as_on_one(tmp_path: Path) -> None:
+    if reason := problem("muon"):
+        pytest.skip(reason)
+    own = ["optim.name=muon", "+optim.options.muon_fp32_matmul_prec=highest", "parallel.distributed_optimizer=false"]
+    own += ["train.steps=4", "optim.warmup_steps=1", "optim.lr=1e-2", "model.qk_norm=true", UNSAVED]
+    for tp in (1, 2):
+        pretrain(tmp_path / str(tp), *own, f"parallel.tp={tp}", processes=tp).succeeded()
+    one, two = (
+        [value for record in metrics(tmp_path / str(tp)) for value in (record["loss"], record["grad_norm"])]
+        for tp in (1, 2)
+    )
+    assert two == pytest.approx(one, rel=1e-5)  # of another division, in fp32
