@@ -30,6 +30,7 @@ def check_optimizer(cfg: PretrainConfig) -> None:
             begin = " or ".join(_OPTIONS[optim.name])
             remedy = f"Names begin with {begin}." if begin else "adam takes none: see the other settings of optim."
             raise ConfigError(f"optim.options.{name}", value, f"is no setting of optim.name={optim.name}", remedy)
+    _check_muon_heads(cfg)
     if not 0 <= optim.cpu_offload <= 1:
         raise ConfigError("optim.cpu_offload", optim.cpu_offload, "is a share", "Set it to 0 … 1.")
     if not optim.cpu_offload:
@@ -91,6 +92,18 @@ def check_options(cfg: PretrainConfig) -> None:
 
 def _kinds(default: bool | int | float | str) -> tuple[type, ...]:
     return (float, int) if isinstance(default, float) else (type(default),)
+
+
+def _check_muon_heads(cfg: PretrainConfig) -> None:
+    """Reject Muon's split of heads where ranks share KV heads.
+
+    Megatron would leave out the split on such ranks, and note it in its debug log alone.
+    """
+    tp, groups = cfg.parallel.tp, cfg.model.num_query_groups
+    if cfg.optim.name == "muon" and tp > groups and cfg.optim.options.get("muon_split_qkv", True):
+        problem = f"muon splits queries, keys and values only on ranks with whole KV heads, of which there are {groups}"
+        remedy = f"Set parallel.tp={groups} or less, or '+optim.options.muon_split_qkv=false' under any division."
+        raise ConfigError("parallel.tp", tp, problem, remedy)
 
 
 def _check_installed(name: str) -> None:

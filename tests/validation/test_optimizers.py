@@ -46,6 +46,16 @@ def test_emerging_optimizers_need_their_package_and_a_megatron_that_has_them(
     check_optimizer(cfg)
 
 
+def test_muon_needs_whole_kv_heads_on_each_rank_to_split_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, megatron_core="0.19.2", emerging_optimizers="0.3.0")
+    own = ["optim.name=muon", "parallel.distributed_optimizer=false", "model.num_query_groups=2"]
+    found = rejected(run_of(*own, "parallel.tp=4"))
+    assert found.startswith("parallel.tp=4: muon splits queries, keys and values only on ranks with whole KV heads")
+    assert "muon_split_qkv=false" in found
+    check_optimizer(run_of(*own, "parallel.tp=2"))
+    check_optimizer(run_of(*own, "parallel.tp=4", "+optim.options.muon_split_qkv=false"))
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
