@@ -11,7 +11,7 @@ from .topk_layout import Layout, TopKLayout
 
 # masks cached with a layout: a few shapes that alternate (training, evaluation, context-parallel chunks), none huge
 _CACHED_MASKS = 4
-_CACHED_BYTES = 64 * 2**20
+CACHED_BYTES = 64 * 2**20
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -93,7 +93,7 @@ def _bias(layout: Layout, s_q: int, s_k: int, spec: AttentionSpec, dtype: torch.
     if spec.cu_seqlens is None and key in layout.cache:
         return layout.cache[key]
     bias = _bias_of(layout, s_q, s_k, spec, dtype)
-    if spec.cu_seqlens is None and bias.nbytes <= _CACHED_BYTES:
+    if spec.cu_seqlens is None and bias.nbytes <= CACHED_BYTES:
         cached = [name for name in layout.cache if name[0] == "bias"]
         if len(cached) >= _CACHED_MASKS:
             del layout.cache[cached[0]]

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from s2train.attention.features import Feature
-from s2train.attention.kind import DataDependentKind, LayerLayout
+from s2train.attention.kind import DataDependentKind, LayerLayout, PairBytes
 from s2train.attention.selection.index import IndexScorer
 from s2train.attention.selection.lists import Budget
 from s2train.attention.selection.mixing import mixing_bytes, mixing_flops, mixing_weights
@@ -212,6 +212,10 @@ class BlockSelectionKind(DataDependentKind):
         rows = blocks if self.settings.warm_up_steps else self._sampled_rows(seq_length)
         mixing = mixing_bytes(seq_length, shape, element_size) if self.settings.mix_mean else 0
         return mixing + self.scorer.activation_bytes(rows, blocks, seq_length, shape, element_size)
+
+    def cpu_bytes(self, layer: LayerLayout, element_size: int) -> PairBytes:
+        """A mask as of S2; and for scorers that learn, probabilities."""
+        return PairBytes(10, 16) if self.scorer.losses else PairBytes(element_size, 2)
 
     def target_bytes(self, layer: LayerLayout, seq_length: int, shape: AttentionShape) -> int:
         blocks = layer.num_blocks(seq_length)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 
 from s2train.attention.features import Feature
 from s2train.attention.hyper_reads import expected_reads
-from s2train.attention.kind import DataDependentKind, LayerLayout
+from s2train.attention.kind import DataDependentKind, LayerLayout, PairBytes
 from s2train.attention.weights import AttentionShape, Weight
 from s2train.config import PretrainConfig, head_dim
 from s2train.errors import ConfigError
@@ -130,6 +130,10 @@ class HyperKind(DataDependentKind):
         """
         reading = sum(level.reading(seq_length) for level in levels(self.op_settings, seq_length, causal=True))
         return 4 * _vectors(shape) * (seq_length + reading)
+
+    def cpu_bytes(self, layer: LayerLayout, element_size: int) -> PairBytes:
+        """Masks and probabilities of all keys; of bf16 also in fp32."""
+        return PairBytes(2 if element_size == 4 else 5, 21)
 
     def columns(self) -> Mapping[str, float | None]:
         return {}

@@ -6,7 +6,7 @@ default that stands for dense attention, and a feature that a kind doesn't list 
 asked by                          question
 layout, pictures, coverage        `heads`: static patterns, or the bound of a data-dependent kind
 plan, FLOPs, MFU, stages          `kept_positions`, `counts_exactly`, `weights`, `extra_flops`, `activation_bytes`,
-                                  `warm_up_steps`, `warm_up_flops`, `target_bytes`, `reads_dense_layout`
+                                  `warm_up_steps`, `warm_up_flops`, `target_bytes`, `reads_dense_layout`, `cpu_bytes`
 Megatron                          `core_attention`, `weights`, `columns`
 cache while decoding              `LayerLayout.bound`: a key stays as long as a later query may read it
 checkpoint, import                `weights`: names, division, what a weights-only start may lack
@@ -40,6 +40,23 @@ class KindContext:
 
 
 HeadsOf = Callable[[KindContext], tuple[Pattern, ...]]  # one pattern per query head
+
+
+@dataclass(frozen=True)
+class PairBytes:
+    """Memory of a layer on a CPU.
+
+    In bytes for each pair of a query and a key of a head.
+
+    Attributes:
+        kept: for the backward pass, by each layer.
+        temporary: besides, by one layer at a time.
+        is_shared: whether sequences of a micro batch share both, unless documents stay apart.
+    """
+
+    kept: int = 0
+    temporary: int = 0
+    is_shared: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,6 +194,13 @@ class AttentionKind(ABC):
         They are summed over all heads, without q, k, v, output and log-sum-exp.
         """
 
+    @abstractmethod
+    def cpu_bytes(self, layer: "LayerLayout", element_size: int) -> PairBytes:
+        """Return what attention that is not tiled takes on a CPU.
+
+        It is measured: what a process grows by with the square of the length.
+        """
+
     def target_bytes(self, layer: "LayerLayout", seq_length: int, shape: AttentionShape) -> int:
         """Count the bytes that a teacher gives a layer for one sequence.
 
@@ -214,6 +238,10 @@ class StaticKind(AttentionKind):
 
     def activation_bytes(self, layer: "LayerLayout", seq_length: int, shape: AttentionShape, element_size: int) -> int:
         return 0
+
+    def cpu_bytes(self, layer: "LayerLayout", element_size: int) -> PairBytes:
+        """A mask of numbers, and one of bools before; none if dense."""
+        return PairBytes() if layer.is_dense else PairBytes(element_size, 2, is_shared=True)
 
     def columns(self) -> Mapping[str, float | None]:
         return {}

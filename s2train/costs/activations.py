@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from s2train.attention.kind import LayerLayout
 from s2train.attention.weights import kv_heads_on_rank
 from s2train.config import PretrainConfig, head_dim
+from s2train.costs.cpu_attention import kept_on_cpu, temporary_on_cpu
 from s2train.costs.implementations import Implementations
 from s2train.costs.parameters import attention_shape
 from s2train.costs.rank_share import Chunks, element_bytes, rank_tokens
@@ -41,13 +42,15 @@ def stage_activations(
     attention = (
         attention_gradients(cfg, stream, device_type, layers, impl) - mlp_activations(cfg, device_type) - 2 * stream
     )
+    on_cpu = max((temporary_on_cpu(cfg, layer) for layer in layers), default=0) if device_type == "cpu" else 0
+    layer = max(layer, on_cpu)
     loss = 0
     if stage == parallel.pp - 1:
         loss = _loss_bytes(cfg, tokens, width, impl.loss(cfg)) + 3 * stream  # streams of the final norm, as above
 
     waiting = _chunks_in_flight(cfg, stage, num_micro_batches)
     in_flight = max(map(len, chunks)) * waiting
-    own = [[kind_activations(cfg, layer) for layer in chunk] for chunk in chunks]
+    own = [[kind_activations(cfg, layer, device_type) for layer in chunk] for chunk in chunks]
     largest = max((nbytes for chunk in own for nbytes in chunk), default=0)
     if train.recompute == "full":  # inputs of recomputed groups, and one group in full, when the loss is freed already
         group = train.recompute_num_layers
@@ -95,14 +98,15 @@ def attention_gradients(
     return stream + 2 * queries * width + 2 * keys * width + max(more)
 
 
-def kind_activations(cfg: PretrainConfig, layer: LayerLayout) -> int:
+def kind_activations(cfg: PretrainConfig, layer: LayerLayout, device_type: str) -> int:
     """Return bytes that only this kind of attention saves for the backward.
 
     They are those of one layer and micro batch on a rank, in addition to what every kind saves.
     """
     width = element_bytes(cfg)
     whole = layer.kind.activation_bytes(layer, cfg.train.seq_length, attention_shape(cfg.model), width)
-    return whole * cfg.train.micro_batch_size // (cfg.parallel.tp * cfg.parallel.cp)
+    own = whole * cfg.train.micro_batch_size // (cfg.parallel.tp * cfg.parallel.cp)
+    return own + (kept_on_cpu(cfg, layer) if device_type == "cpu" else 0)
 
 
 def gathered_projection(cfg: PretrainConfig) -> int:

@@ -108,7 +108,10 @@ class EarlyBatches(Iterator[Batch]):
 
 
 def start_workers(loader: DataLoader) -> Iterator[Any]:
-    """Start a loader's workers, which hold back SIGTERM until `ignore_group_signals` runs in them."""
+    """Start a loader's workers with SIGTERM held back.
+
+    It is until `ignore_group_signals` runs in them.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # new processes inherit it
     try:
         return iter(loader)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from s2train.attention.features import Feature
-from s2train.attention.kind import DataDependentKind, LayerLayout
+from s2train.attention.kind import DataDependentKind, LayerLayout, PairBytes
 from s2train.attention.weights import AttentionShape, Weight
 
 
@@ -60,6 +60,9 @@ class ToyKind(DataDependentKind):
 
     def extra_flops(self, layer: LayerLayout, seq_length: int, shape: AttentionShape) -> float:
         return 2 * 2 * shape.head_dim * shape.num_heads * seq_length  # keys by direction: to choose, and for the loss
+
+    def cpu_bytes(self, layer: LayerLayout, element_size: int) -> PairBytes:
+        return PairBytes()
 
     def activation_bytes(self, layer: LayerLayout, seq_length: int, shape: AttentionShape, element_size: int) -> int:
         return 4 * 4 * shape.num_heads * seq_length**2  # scores and probabilities in fp32
