@@ -85,7 +85,7 @@ def build_optimizer(
         params_dtype=DTYPES[cfg.train.precision],
         use_distributed_optimizer=cfg.parallel.distributed_optimizer,
         overlap_param_gather=_overlaps_param_gather(cfg),
-        **_options(cfg),
+        **optimizer_options(cfg),
         **_offload(optim),
     )
     groups = get_standard_config_overrides(settings)  # what has one dimension does not decay
@@ -123,7 +123,7 @@ def build_optimizer(
     return optimizer, scheduler
 
 
-def _options(cfg: PretrainConfig) -> dict[str, Any]:
+def optimizer_options(cfg: PretrainConfig) -> dict[str, Any]:
     """Return `optim.options`, with which Muon's update doesn't depend on `parallel.tp`.
 
     By Megatron's default each tensor parallel rank orthogonalizes its part of a matrix, not the matrix.

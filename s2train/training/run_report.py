@@ -24,6 +24,7 @@ from s2train.kernels.attention import resolve_backend
 from s2train.megatron.layer_backends import Backend, own_capability
 from s2train.megatron.optimizer_state import implementations
 from s2train.training.metrics import Tracker
+from s2train.training.optimizer import optimizer_options
 from s2train.training.records import read_curves
 from s2train.training.run_settings import write_settings
 from s2train.wandb_run import say
@@ -101,7 +102,8 @@ def describe_run(
         + (f" | {elementwise}" if elementwise else "")
         + (f" | {limit}" if (limit := queues()) else "")
         + f" | optimizer {cfg.optim.name}: {implementations(optimizer)}"
-        f" | dp {parallel_state.get_data_parallel_world_size()}"
+        + "".join(f", {name}={value}" for name, value in optimizer_options(cfg).items())
+        + f" | dp {parallel_state.get_data_parallel_world_size()}"
         f" | end of document {tokenizer.end_token or 'id'} {tokenizer.eod}" + _taught_by(hybrid)
     )
 

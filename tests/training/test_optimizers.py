@@ -36,6 +36,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(name: str, precision: str, tm
     own += ["train.steps=4", "optim.warmup_steps=1", "optim.lr=1e-2", "checkpoint.interval=2"]
     whole = pretrain(tmp_path / "whole", *own, processes=0).succeeded()
     assert f"optimizer {name}" in whole.out
+    assert f", {OPTIONS[name][0].removeprefix('+optim.options.')} |" in whole.out
     pretrain(
         tmp_path / "parts",
         *own,
