@@ -34,13 +34,18 @@ def data_order(cfg: PretrainConfig, first_step: int = 0) -> dict[str, Any]:
     }
 
 
-def has_contents(order: dict[str, Any], cfg: PretrainConfig) -> bool:
-    """Whether datasets have a saved order's contents, at any paths."""
-    try:
-        found = [contents_of(prefix) for prefix in dataset_prefixes(cfg.data.path)]
-    except FileNotFoundError:
-        return False
-    return are_same(order.get(_CONTENTS, []), found, at_same_paths=False)
+def has_contents(order: dict[str, Any], cfg: PretrainConfig, *, at_same_paths: bool) -> bool:
+    """Whether datasets have a saved order's contents.
+
+    If it has none recorded, its datasets are those at the same paths.
+
+    Raises:
+        FileNotFoundError: a dataset is not there.
+    """
+    if _CONTENTS not in order:
+        return at_same_paths
+    found = [contents_of(prefix) for prefix in dataset_prefixes(cfg.data.path)]
+    return are_same(order[_CONTENTS], found, at_same_paths=at_same_paths)
 
 
 def continued_order(cfg: PretrainConfig, saved: SavedRun) -> dict[str, Any]:

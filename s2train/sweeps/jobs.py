@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from s2train.checkpoints.listing import checkpoints_of
 from s2train.command_line.old_names import OLD_NAMES, rename_saved, renamed
 from s2train.comparison.runs import Summary, summarize
 from s2train.config import PretrainConfig, settings_by_name
@@ -148,8 +149,8 @@ def changed_setting(folder: Path, cfg: PretrainConfig) -> str | None:
     """Find a setting of a finished run that differs from `cfg`.
 
     Returns it as the run in `folder` had it, such as `optim.lr=0.001`. Files in conf/ may change under the same
-    overrides. Ignores settings that only one of the two has, settings that change no result, and paths of data that
-    were moved with the folder. Returns None if nothing differs.
+    overrides; so may the content of its data. Ignores settings that only one of the two has, settings that change no
+    result, and paths of data that were moved with the folder. Returns None if nothing differs.
     """
     path = folder / "config.yaml"
     if not path.is_file():
@@ -159,11 +160,13 @@ def changed_setting(folder: Path, cfg: PretrainConfig) -> str | None:
     # Through JSON, which turns tuples into lists.
     before, now = (dict(settings_by_name(node)) for node in (saved, json.loads(json.dumps(asdict(cfg)))))
     names = [name for name in now if name in before and before[name] != now[name] and not name.startswith(_NO_RESULT)]
-    if any(name.startswith("data.") for name in names):
-        from s2train.sweeps.moved_data import moved_data  # imports tokenizers and checkpoints: slow
+    if checkpoints_of(folder):
+        from s2train.sweeps.trained_data import moved_data, replaced_data  # imports tokenizers and checkpoints: slow
 
-        moved = moved_data(folder, before, cfg)
+        moved = moved_data(folder, before, cfg) if any(name.startswith("data.") for name in names) else set()
         names = [name for name in names if name not in moved]
+        if not names and (replaced := replaced_data(folder, cfg)) is not None:
+            return f"other content of {replaced}={before[replaced]}"
     return next((f"{name}={before[name]}" for name in names), None)
 
 

@@ -14,7 +14,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
-from s2train.checkpoints.folders import write_config
+from s2train.checkpoints.folders import Progress, write_config
 from s2train.config import PretrainConfig, to_object
 from s2train.data.tokenizers import ByteTokenizer
 from s2train.environment.hardware import Hardware
@@ -167,7 +167,9 @@ def test_a_phase_that_was_trained_with_other_settings_is_not_taken_for_one_with_
     recipe: dict[str, Any], tmp_path: Path
 ) -> None:
     first = recipe["run_folder"](tmp_path, "hybrid", 0)
-    (first / "checkpoints" / f"iter_{recipe['last_step'](0):07d}").mkdir(parents=True)
+    checkpoint = first / "checkpoints" / f"iter_{recipe['last_step'](0):07d}"
+    checkpoint.mkdir(parents=True)
+    Progress(1, 1, {}, None).write(checkpoint / "progress.json")
     write_config(training(recipe, tmp_path, "hybrid", 0), first / "config.yaml")
     last, otherwise = len(recipe["PHASES"]) - 1, recipe["trained_otherwise"]
     assert f"{first} was trained with seed=1234" in otherwise(tmp_path, "hybrid", last, ["seed=2"])

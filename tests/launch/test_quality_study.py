@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from s2train.checkpoints.folders import write_config
+from s2train.checkpoints.folders import Progress, write_config
 from s2train.data.indexed import Metadata
 from s2train.data.tokenizers import fingerprint
 from s2train.errors import ConfigError
@@ -266,7 +266,9 @@ def test_a_trained_run_is_not_recorded_under_another_recipe_or_number_of_gpus(
         monkeypatch.setitem(study["train"].__globals__, name, lambda _: None)
     folders, trained = Folders(tmp_path, ROOT / "launch"), Run("dense")
     recipe = Recipe(1e-3, 1 << 17)
-    study["last_checkpoint"](folders, trained, recipe).mkdir(parents=True)
+    checkpoint = study["last_checkpoint"](folders, trained, recipe)
+    checkpoint.mkdir(parents=True)
+    Progress(1, 1, {}, None).write(checkpoint / "progress.json")
     write_config(compose_run(train_settings(folders, trained, recipe)), folders.run(trained) / "config.yaml")
     report = {"step": 1, "loss": 1.0, "held_out_loss": 2.0, "held_out_loss_by_position": [], "consumed_tokens": 1}
     times = {"step_time_s": 1.0, "tokens_per_s": 1.0, "model_tflops": 1.0, "memory_gib": 1.0}

@@ -1,4 +1,4 @@
-"""A finished run is known again where its folder and its data were moved."""
+"""A finished run is known again where it was moved, and rejected with other data."""
 
 import shutil
 from pathlib import Path
@@ -55,3 +55,17 @@ def test_other_data_in_their_place_are_a_changed_setting(name: str, setting: str
 def test_held_out_data_of_another_place_are_a_changed_setting(moved: PretrainConfig) -> None:
     moved.data.valid_path = str(Path(moved.data.path).with_name("another"))
     assert str(changed_setting(Path(moved.run_dir), moved)).startswith("data.valid_path=")
+
+
+@pytest.mark.parametrize(("name", "setting"), [("train.bin", "data.path"), ("tokenizer.json", "data.tokenizer")])
+def test_data_that_were_replaced_are_a_changed_setting(name: str, setting: str, moved: PretrainConfig) -> None:
+    write_config(moved, Path(moved.run_dir) / "config.yaml")  # as if it had been trained here
+    assert changed_setting(Path(moved.run_dir), moved) is None
+    Path(moved.data.path).with_name(name).write_text("another")
+    assert str(changed_setting(Path(moved.run_dir), moved)).startswith(f"other content of {setting}=")
+
+
+def test_data_that_are_gone_are_no_changed_setting(moved: PretrainConfig) -> None:
+    write_config(moved, Path(moved.run_dir) / "config.yaml")
+    shutil.rmtree(Path(moved.data.path).parent)
+    assert changed_setting(Path(moved.run_dir), moved) is None

@@ -1,12 +1,13 @@
-"""Finds which of a run's data were moved together with its folder."""
+"""Compares a trained run's data with those that are there."""
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from s2train.checkpoints.data_order import has_contents
-from s2train.checkpoints.folders import read_progress
+from s2train.checkpoints.folders import Progress, read_progress
 from s2train.checkpoints.listing import checkpoints_of
 from s2train.config import PretrainConfig
 from s2train.data.tokenizers import fingerprint
@@ -27,7 +28,7 @@ def moved_data(folder: Path, before: Mapping[str, Any], cfg: PretrainConfig) -> 
         return set()
     progress, data = read_progress(checkpoints[-1]), cfg.data
     same = {
-        "data.path": (data.path, has_contents(progress.order, cfg)),
+        "data.path": (data.path, _have_contents(progress, cfg)),
         "data.valid_path": (data.valid_path, True),
         "data.tokenizer": (data.tokenizer, progress.tokenizer == fingerprint(data.tokenizer)),
     }
@@ -36,6 +37,30 @@ def moved_data(folder: Path, before: Mapping[str, Any], cfg: PretrainConfig) -> 
         for name, (now, is_same) in same.items()
         if is_same and _are_in_place(before.get(name), before["run_dir"], now, cfg.run_dir)
     }
+
+
+def replaced_data(folder: Path, cfg: PretrainConfig) -> str | None:
+    """Return the setting whose files were replaced since a run's last checkpoint.
+
+    None if none were, or if they are not there.
+
+    Args:
+        folder: of the run.
+        cfg: settings that name the data, where they were in training.
+    """
+    if not (checkpoints := checkpoints_of(folder)):
+        return None
+    progress, tokenizer = read_progress(checkpoints[-1]), fingerprint(cfg.data.tokenizer)
+    with suppress(FileNotFoundError):
+        if not has_contents(progress.order, cfg, at_same_paths=True):
+            return "data.path"
+    return None if None in (tokenizer, progress.tokenizer) or tokenizer == progress.tokenizer else "data.tokenizer"
+
+
+def _have_contents(progress: Progress, cfg: PretrainConfig) -> bool:
+    with suppress(FileNotFoundError):
+        return has_contents(progress.order, cfg, at_same_paths=False)
+    return False
 
 
 def _are_in_place(before: Any, run_before: str, now: Any, run_now: str) -> bool:
