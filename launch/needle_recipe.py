@@ -31,8 +31,10 @@ from s2train.checkpoints.listing import checkpoint_at, checkpoints_of
 from s2train.command_line.commands import python_command
 from s2train.costs.prediction import ModelCosts, model_costs
 from s2train.environment.cores import available_cores
+from s2train.errors import ConfigError
 from s2train.needles.recipe import PHASES, Phase, document_settings, evaluation_settings
 from s2train.planning import compose_run, hybrid_layout
+from s2train.planning.compose import check_root
 from s2train.sweeps.jobs import changed_setting
 
 LAUNCH = Path(__file__).parent
@@ -283,6 +285,10 @@ def main(arguments: list[str] | None = None) -> None:
     phases = [number for number, phase in enumerate(PHASES) if phase.length <= given.longest]
     if not phases:
         parser.error(f"--longest {given.longest}: the first phase has {PHASES[0].length} tokens")
+    try:
+        check_root(given.root)
+    except ConfigError as error:
+        parser.error(str(error))
     deadline, root, variant, last = Deadline(given.minutes), given.root, given.variant, phases[-1]
     if given.action == "plan":
         Console(width=140).print(plan_table(root))

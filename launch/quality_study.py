@@ -37,6 +37,7 @@ from s2train.config import PretrainConfig
 from s2train.errors import ConfigError
 from s2train.files import check_writable
 from s2train.planning import compose_run
+from s2train.planning.compose import check_root
 from s2train.preparation.config import CorpusConfig
 from s2train.study import speed, sweep
 from s2train.study.corpus import check_made_with
@@ -45,7 +46,6 @@ from s2train.study.files import (
     check_corpus,
     check_data,
     check_held_out,
-    check_root,
     check_same_split,
     check_tokenizer,
     record_split,

@@ -2,19 +2,15 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 
 from s2train.checkpoints.listing import checkpoints_of
 from s2train.command_line.commands import python_command
 from s2train.data.indexed import read_metadata
 from s2train.errors import ConfigError
-from s2train.planning import compose_run
 from s2train.preparation.source_tree import DESCRIPTION, HELD_OUT, TRAIN
 from s2train.study.variants import Run
 
@@ -97,20 +93,6 @@ class Folders:
 
     def needles(self, run: Run) -> Path:
         return self.results / f"{run.name}-needles.json"
-
-
-def check_root(root: Path) -> None:
-    """Check that settings of a run can name files of the root.
-
-    Raises:
-        ConfigError: its name has characters with a meaning in settings.
-    """
-    value = f"{root}/runs"
-    with suppress(HydraException, OmegaConfBaseException):
-        if compose_run(["+model=tiny_dense", f"run_dir={value}"]).run_dir == value:
-            return
-    problem = "its name has characters that settings can't hold"
-    raise ConfigError("root", root, problem, "Set a folder named by letters, digits, - and _")
 
 
 @contextmanager

@@ -158,6 +158,14 @@ def test_what_is_not_trained_is_not_evaluated(action: str, recipe: dict[str, Any
         recipe["main"]([action, "hybrid", "--root", str(tmp_path)])
 
 
+def test_a_root_that_settings_can_not_name_is_rejected(
+    recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        recipe["main"](["data", "--root", str(tmp_path / "a,b")])
+    assert "its name has characters that settings can't hold" in capsys.readouterr().err
+
+
 def test_training_without_data_names_the_command_that_makes_them(recipe: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"no data in .*needle_recipe\.py data --root"):
         recipe["main"](["train", "hybrid", "--root", str(tmp_path)])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from s2train.errors import ConfigError
-from s2train.study.files import Folders, check_corpus, check_data, check_root, check_same_split, record_split
+from s2train.study.files import Folders, check_corpus, check_data, check_same_split, record_split
 from s2train.study.settings import data_commands
 
 
@@ -87,10 +87,3 @@ def test_training_without_tokenized_data_is_rejected(folders: Folders) -> None:
     record_split(folders)
     with pytest.raises(ConfigError, match=r"train\.idx is missing.*quality_study\.py data"):
         check_data(folders)
-
-
-@pytest.mark.parametrize("name", ["a, {b}", "a,b", "a${b}"])
-def test_a_root_that_settings_can_not_name_is_rejected(name: str, tmp_path: Path) -> None:
-    check_root(tmp_path / "my root")
-    with pytest.raises(ConfigError, match="its name has characters that settings can't hold"):
-        check_root(tmp_path / name)
