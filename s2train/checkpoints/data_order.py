@@ -34,17 +34,17 @@ def data_order(cfg: PretrainConfig, first_step: int = 0) -> dict[str, Any]:
     }
 
 
-def has_contents(order: dict[str, Any], cfg: PretrainConfig, *, at_same_paths: bool) -> bool:
+def has_contents(order: dict[str, Any], cfg: PretrainConfig, *, at_same_paths: bool) -> bool | None:
     """Whether datasets have a saved order's contents.
 
-    If it has none recorded, its datasets are those at the same paths.
-
-    Raises:
-        FileNotFoundError: a dataset is not there.
+    None if one is not there. If the order has none recorded, its datasets are those at the same paths.
     """
     if _CONTENTS not in order:
         return at_same_paths
-    found = [contents_of(prefix) for prefix in dataset_prefixes(cfg.data.path)]
+    try:
+        found = [contents_of(prefix) for prefix in dataset_prefixes(cfg.data.path)]
+    except FileNotFoundError:
+        return None
     return are_same(order[_CONTENTS], found, at_same_paths=at_same_paths)
 
 

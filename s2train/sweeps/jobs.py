@@ -160,12 +160,14 @@ def changed_setting(folder: Path, cfg: PretrainConfig) -> str | None:
     # Through JSON, which turns tuples into lists.
     before, now = (dict(settings_by_name(node)) for node in (saved, json.loads(json.dumps(asdict(cfg)))))
     names = [name for name in now if name in before and before[name] != now[name] and not name.startswith(_NO_RESULT)]
-    if checkpoints_of(folder):
-        from s2train.sweeps.trained_data import moved_data, replaced_data  # imports tokenizers and checkpoints: slow
+    if checkpoints := checkpoints_of(folder):
+        from s2train.checkpoints.folders import read_progress  # imports tokenizers and checkpoints: slow
+        from s2train.sweeps.trained_data import moved_data, replaced_data
 
-        moved = moved_data(folder, before, cfg) if any(name.startswith("data.") for name in names) else set()
+        progress = read_progress(checkpoints[-1])
+        moved = moved_data(progress, before, cfg) if any(name.startswith("data.") for name in names) else set()
         names = [name for name in names if name not in moved]
-        if not names and (replaced := replaced_data(folder, cfg)) is not None:
+        if not names and (replaced := replaced_data(progress, cfg)) is not None:
             return f"other content of {replaced}={before[replaced]}"
     return next((f"{name}={before[name]}" for name in names), None)
 

@@ -2,33 +2,28 @@
 
 import os
 from collections.abc import Mapping
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from s2train.checkpoints.data_order import has_contents
-from s2train.checkpoints.folders import Progress, read_progress
-from s2train.checkpoints.listing import checkpoints_of
+from s2train.checkpoints.folders import Progress
 from s2train.config import PretrainConfig
 from s2train.data.tokenizers import fingerprint
 
 
-def moved_data(folder: Path, before: Mapping[str, Any], cfg: PretrainConfig) -> set[str]:
+def moved_data(progress: Progress, before: Mapping[str, Any], cfg: PretrainConfig) -> set[str]:
     """Return the settings of data that were moved with a run's folder.
 
     Each of their paths has kept its place relative to the folder. Datasets and tokenizer are also those that the last
     checkpoint records; it records no held-out data.
 
     Args:
-        folder: of the run now.
+        progress: of the run's last checkpoint.
         before: its saved settings by name.
         cfg: settings that name the data now.
     """
-    if not (checkpoints := checkpoints_of(folder)):
-        return set()
-    progress, data = read_progress(checkpoints[-1]), cfg.data
+    data = cfg.data
     same = {
-        "data.path": (data.path, _have_contents(progress, cfg)),
+        "data.path": (data.path, has_contents(progress.order, cfg, at_same_paths=False)),
         "data.valid_path": (data.valid_path, True),
         "data.tokenizer": (data.tokenizer, progress.tokenizer == fingerprint(data.tokenizer)),
     }
@@ -39,28 +34,19 @@ def moved_data(folder: Path, before: Mapping[str, Any], cfg: PretrainConfig) -> 
     }
 
 
-def replaced_data(folder: Path, cfg: PretrainConfig) -> str | None:
+def replaced_data(progress: Progress, cfg: PretrainConfig) -> str | None:
     """Return the setting whose files were replaced since a run's last checkpoint.
 
     None if none were, or if they are not there.
 
     Args:
-        folder: of the run.
+        progress: of that checkpoint.
         cfg: settings that name the data, where they were in training.
     """
-    if not (checkpoints := checkpoints_of(folder)):
-        return None
-    progress, tokenizer = read_progress(checkpoints[-1]), fingerprint(cfg.data.tokenizer)
-    with suppress(FileNotFoundError):
-        if not has_contents(progress.order, cfg, at_same_paths=True):
-            return "data.path"
+    if has_contents(progress.order, cfg, at_same_paths=True) is False:
+        return "data.path"
+    tokenizer = fingerprint(cfg.data.tokenizer)
     return None if None in (tokenizer, progress.tokenizer) or tokenizer == progress.tokenizer else "data.tokenizer"
-
-
-def _have_contents(progress: Progress, cfg: PretrainConfig) -> bool:
-    with suppress(FileNotFoundError):
-        return has_contents(progress.order, cfg, at_same_paths=False)
-    return False
 
 
 def _are_in_place(before: Any, run_before: str, now: Any, run_now: str) -> bool:
