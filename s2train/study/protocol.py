@@ -50,10 +50,21 @@ def differences(settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """
     said = []
     for name in sorted({name for own in settings.values() for name in own}):
-        by_value: dict[str, list[str]] = {}
-        for run, own in settings.items():
-            if own.get(name) is not None:
-                by_value.setdefault(repr(own[name]), []).append(run)
-        if len(by_value) > 1:
-            said.append(f"{name} ({', '.join(sorted(by_value.values(), key=len)[0])})")
+        given = {run: repr(own[name]) for run, own in settings.items() if own.get(name) is not None}
+        if (found := rarest(given)) is not None:
+            said.append(f"{name} ({', '.join(found[1])})")
     return said
+
+
+def rarest(values: Mapping[str, str]) -> tuple[str, list[str]] | None:
+    """Return the value that the fewest runs have, and these runs.
+
+    None if all have the same value.
+
+    Args:
+        values: by run.
+    """
+    by_value: dict[str, list[str]] = {}
+    for run, value in values.items():
+        by_value.setdefault(value, []).append(run)
+    return min(by_value.items(), key=lambda item: len(item[1])) if len(by_value) > 1 else None

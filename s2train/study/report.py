@@ -11,7 +11,7 @@ from s2train.study.files import Folders
 from s2train.study.guidelines import guidelines_section
 from s2train.study.needle_table import needle_section
 from s2train.study.picture import draw_by_position
-from s2train.study.protocol import differences, probe_settings
+from s2train.study.protocol import differences, probe_settings, rarest
 from s2train.study.results import Result, read_results
 from s2train.study.speed_picture import draw_by_speed, with_speed
 from s2train.study.tables import UNKNOWN, recipes, spread, table
@@ -164,14 +164,8 @@ def _not_comparable(own: Sequence[Group]) -> list[str]:
     """
     results, said = [result for group in own for result in group.results], list[str]()
     for what, of_result in (("recipes", _recipe), ("models or optimizers", _model)):
-        by_content: dict[str, list[str]] = {}
-        for result in results:
-            by_content.setdefault(of_result(result), []).append(result.run.name)
-        if len(by_content) > 1:
-            fewest = min(by_content, key=lambda one: len(by_content[one]))
-            said.append(
-                f"Runs have several {what}, and are not comparable ({fewest}: {', '.join(by_content[fewest])})."
-            )
+        if (other := rarest({result.run.name: of_result(result) for result in results})) is not None:
+            said.append(f"Runs have several {what}, and are not comparable ({other[0]}: {', '.join(other[1])}).")
     counts = {count for result in results if (count := result.summary.held_out_tokens) is not None}
     if len(counts) > 1:
         sizes = ", ".join(f"{count:,}" for count in sorted(counts))
