@@ -250,18 +250,15 @@ def _shorten_message(
         return str(no_model(groups["model"]))
     for text in (*overrides, *of_sweep):
         key, _, value = text.lstrip("+~").partition("=")
+        plain = shlex.quote(f"{key}={value}")
         if message[0].startswith(f"Multiple values for {key}.") and text.startswith("+"):
             problem = "another file, such as the experiment's, names one already"
-            return str(ConfigError(f"+{key}", value, problem, f"Write {shlex.quote(f'{key}={value}')} to replace it."))
+            return str(ConfigError(f"+{key}", value, problem, f"Write {plain} to replace it."))
         if f"'{key}'" in message[0] and not text.startswith("+") and message[0].startswith("Could not override"):
             remedy = f"Write {shlex.quote(f'+{text}')} to add it{', or correct its name' if '.' in key else ''}."
             return str(ConfigError(key, value, "no such entry to override", remedy))
         if message[0] == f"Could not append to config. An item is already at '{key}'.":
-            return str(
-                ConfigError(
-                    f"+{key}", value, "has a value already", f"Write {shlex.quote(f'{key}={value}')} to change it."
-                )
-            )
+            return str(ConfigError(f"+{key}", value, "has a value already", f"Write {plain} to change it."))
         if message[0] == f"Ambiguous value for argument '{text}'":
             return str(_ambiguous(key, value, None if key in groups else type_of(key, schema), runs_sweeps))
         if message[0] == f"Sweep parameters '{text}' requires --multirun":
