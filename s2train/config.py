@@ -395,14 +395,19 @@ class SlurmSweepConfig(SweepConfig):
     wait: bool = False  # wait until all jobs have ended; needed by sweepers that learn from the losses
 
 
-def register() -> None:
+def register(others: Mapping[str, type] | None = None) -> None:
     """Register the schemas with Hydra, which then rejects typos and wrong types.
 
     YAML files may use old names of settings.
+
+    Args:
+        others: those of another program, by NAME in `NAME_schema`.
     """
     accept_in_files()
     OmegaConf.register_new_resolver("s2train.swept_model", _swept_model, replace=True)
     store = ConfigStore.instance()
+    for name, schema in (others or {}).items():
+        store.store(name=f"{name}_schema", node=schema)
     if "pretrain_schema.yaml" in store.repo:  # registered before
         return
     store.store(name="pretrain_schema", node=PretrainConfig)

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from s2train import config
@@ -41,5 +40,4 @@ class EvaluateConfig:
 
 def register() -> None:
     """Register this schema with Hydra."""
-    config.register()
-    ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
+    config.register({"evaluate": EvaluateConfig})

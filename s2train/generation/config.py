@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from s2train import config
@@ -36,5 +35,4 @@ class GenerateConfig:
 
 def register() -> None:
     """Register this schema with Hydra."""
-    config.register()
-    ConfigStore.instance().store(name="generate_schema", node=GenerateConfig)
+    config.register({"generate": GenerateConfig})

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from s2train import config
@@ -72,5 +71,4 @@ class NeedleDocumentsConfig:
 
 def register() -> None:
     """Register this schema with Hydra."""
-    config.register()
-    ConfigStore.instance().store(name="needle_schema", node=NeedleConfig)
+    config.register({"needle": NeedleConfig})

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-from hydra.core.config_store import ConfigStore
-
 from s2train import config
 from s2train.config import PretrainConfig
 
@@ -19,5 +17,4 @@ class ShowLayoutConfig(PretrainConfig):
 
 def register() -> None:
     """Register this schema with Hydra."""
-    config.register()
-    ConfigStore.instance().store(name="show_layout_schema", node=ShowLayoutConfig)
+    config.register({"show_layout": ShowLayoutConfig})

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from s2train import config
@@ -58,7 +57,4 @@ class CorpusConfig:
 
 def register() -> None:
     """Register these schemas with Hydra."""
-    config.register()
-    store = ConfigStore.instance()
-    store.store(name="prepare_schema", node=PrepareConfig)
-    store.store(name="corpus_schema", node=CorpusConfig)
+    config.register({"prepare": PrepareConfig, "corpus": CorpusConfig})

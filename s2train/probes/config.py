@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 
-from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from s2train import config
@@ -30,5 +29,4 @@ class ProbesConfig:
 
 def register() -> None:
     """Register this schema with Hydra."""
-    config.register()
-    ConfigStore.instance().store(name="probes_schema", node=ProbesConfig)
+    config.register({"probes": ProbesConfig})

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from s2train import config
@@ -132,8 +131,10 @@ class FrontierConfig:
 
 def register() -> None:
     """Register these schemas with Hydra."""
-    config.register()
-    store = ConfigStore.instance()
-    store.store(name="profile_attention_schema", node=ProfileAttentionConfig)
-    store.store(name="choose_layout_schema", node=ChooseLayoutConfig)
-    store.store(name="layout_frontier_schema", node=FrontierConfig)
+    config.register(
+        {
+            "profile_attention": ProfileAttentionConfig,
+            "choose_layout": ChooseLayoutConfig,
+            "layout_frontier": FrontierConfig,
+        }
+    )

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from s2train import config
@@ -32,7 +31,4 @@ class ImportConfig:
 
 def register() -> None:
     """Register these schemas with Hydra."""
-    config.register()
-    store = ConfigStore.instance()
-    store.store(name="export_schema", node=ExportConfig)
-    store.store(name="import_schema", node=ImportConfig)
+    config.register({"export": ExportConfig, "import": ImportConfig})
