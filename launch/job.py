@@ -34,7 +34,7 @@ from torch.distributed.elastic.multiprocessing import PContext, SignalException
 from torch.distributed.elastic.multiprocessing import api as processes
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig
-from torch.distributed.run import config_from_args, parse_args
+from torch.distributed.run import config_from_args, parse_args, parse_min_max_nnodes
 from torch.distributed.run import main as torchrun
 
 from s2train.distributed.torchrun_logs import without_log_folders
@@ -45,9 +45,6 @@ _quick_imports.end()
 DEFAULTS = {
     "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
     "PET_SHUTDOWN_TIMEOUT": "600",
-    # torchrun's own store outlives its ranks: restarted ranks would find the addresses of the dead ones there, and a
-    # node that rejoins would never learn its address (torch 2.13). So rank 0 creates a store in each round.
-    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
 }
 
 
@@ -64,6 +61,11 @@ def main() -> int:
     if problem := problem_of(arguments):
         print(f"error: {problem}", file=sys.stderr)
         return USAGE_STATUS
+    if parse_min_max_nnodes(parse_args(arguments).nnodes)[1] > 1:
+        # torchrun's own store outlives its ranks: restarted ranks could find the addresses of the dead ones there, and
+        # a node that rejoins would never learn its address (torch 2.13). So rank 0 creates a store in each round.
+        # One node keeps torchrun's: another program could take the port that rank 0 listens on only after its imports.
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     with (
         without_log_folders(parse_args(arguments)) as logs,
         tempfile.TemporaryDirectory(prefix="s2train_", ignore_cleanup_errors=True) as folder,

@@ -66,7 +66,8 @@ def open_job_store(timeout: timedelta) -> tuple[Store, int, int]:
 
     torchrun's store outlives ranks that it restarts, and torch 2.13 would find the addresses of the dead ones there.
     Under one torchrun its restart count separates attempts. Several torchruns may count differently; they need
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which creates a store for each attempt (`launch/job.py` sets it).
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which creates a store for each attempt (`launch/job.py` sets it for several
+    nodes).
     """
     if os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ:
         return torch.distributed.HashStore(), 0, 1

@@ -7,7 +7,6 @@ ranks first read the libraries from a disk.
 import os
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 from threading import Event, Lock, Thread
 from unittest import mock
 
+from torch.distributed import TCPStore
 from torch.distributed.run import parse_args
 
 from s2train.distributed.parent_death_signal import signal_on_parent_death
@@ -88,7 +88,10 @@ def by_fork(launch: Launch) -> int | None:
     """Fork the ranks; a `Launcher`. Call `forks_problem` before."""
     launch.log.write_text("")
     size = str(launch.processes)
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    # Held here, as torchrun does: another program could take a port that rank 0 listens on only after its imports.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    place = {"MASTER_ADDR": store.host, "MASTER_PORT": str(store.port), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    place |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     ranks: list[BaseProcess] = [
         _CONTEXT.Process(
             target=_become_rank,
@@ -200,10 +203,3 @@ def _end(ranks: Sequence[BaseProcess]) -> None:
         if _status(rank) is None:
             rank.kill()
             wait([rank.sentinel])
-
-
-def _free_port() -> int:
-    with socket.socket() as tried:
-        tried.bind(("127.0.0.1", 0))
-        port: int = tried.getsockname()[1]
-    return port

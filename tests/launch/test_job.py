@@ -77,6 +77,18 @@ def test_a_setting_that_is_rejected_ends_the_job_with_status_2_and_one_line(
     assert "Traceback" not in done.err
 
 
+# Sees whether the port is in use before any rank has opened the job's store.
+MEETS = """
+import os, socket
+socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))).close()
+"""
+
+
+def test_no_other_program_can_take_the_port_of_a_job_on_one_node(tmp_path: Path) -> None:
+    (tmp_path / "meets.py").write_text(MEETS)
+    assert job(str(tmp_path / "meets.py")).status == 0
+
+
 def test_a_run_that_diverges_ends_once(tmp_path: Path) -> None:
     settings = [*SMALL, f"run_dir={tmp_path}", "train.steps=6", "train.max_skipped_steps=0"]
     done = job("tests/training/planted.py", *settings, S2TRAIN_TEST_FAULT="nan:1:2")

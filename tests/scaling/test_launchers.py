@@ -58,6 +58,18 @@ def test_ranks_know_their_place_arguments_environment_and_log(tmp_path: Path) ->
     assert (status, sorted((tmp_path / "log").read_text().splitlines())) == (0, expected)
 
 
+def test_the_port_is_held_before_ranks_start_and_they_meet_there(tmp_path: Path) -> None:
+    text = (
+        "import os, socket, torch\n"
+        "socket.create_connection((os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']))).close()\n"
+        "torch.distributed.init_process_group('gloo')\n"
+        "total = torch.ones(1)\n"
+        "torch.distributed.all_reduce(total)\n"
+        "assert total.item() == 2\n"
+    )
+    assert by_fork(Launch(program(tmp_path, text), 2, environment(), tmp_path / "log", 60)) == 0
+
+
 def test_a_module_runs_too(tmp_path: Path) -> None:
     (tmp_path / "some_module.py").write_text("import sys\nprint(__name__, *sys.argv[1:])\n")
     place = environment(PYTHONPATH=os.pathsep.join([str(ROOT), str(tmp_path)]))
