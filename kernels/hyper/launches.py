@@ -25,7 +25,8 @@ from .backward import (
 from .configs import Kernel, config_for
 from .forward import s2_hyper_bucket_fwd_kernel, s2_hyper_hash_kernel, s2_hyper_sample_fwd_kernel
 from .hashing import projections
-from .plan import Plan, Ranges, make_plan, tiles
+from .plan import Plan, make_plan, tiles
+from .ranges import Ranges
 from .settings import HyperSettings
 
 # Readers, of all heads of a group, that one program of the samples' dk and dv visits: few enough to fill the device,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..fp_fusion import with_fp_fusion
 from .device import interval_of, level_of
-from .plan import Ranges, tag_dtype
+from .ranges import Ranges, tag_dtype
 from .settings import HyperSettings
 
 _ENTRIES = 1024
