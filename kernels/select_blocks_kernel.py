@@ -15,9 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import spec
+from .candidates import MASKED
 from .fp_fusion import with_fp_fusion
 from .interpreter import repair_interpreter
-from .select_blocks import MASKED
 from .tiles import check_launch
 
 if os.environ.get("TRITON_INTERPRET") == "1":

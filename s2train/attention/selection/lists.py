@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from s2train.kernels.attention import Backend
-from s2train.kernels.select_blocks import mark_candidates, select_blocks
+from s2train.kernels.candidates import mark_candidates
+from s2train.kernels.select_blocks import select_blocks
 
 _CHUNK_ROWS = 256  # at 1,024 key blocks 34 MB of scores of 32 heads
 

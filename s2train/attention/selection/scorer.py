@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from s2train.attention.weights import AttentionShape, Weight
-from s2train.kernels.select_blocks import combine_heads
+from s2train.kernels.candidates import combine_heads
 
 WeightOf = Callable[[str], Tensor]  # a weight of this rank's heads, by name
 

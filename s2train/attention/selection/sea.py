@@ -15,7 +15,7 @@ from torch import Tensor
 from s2train.attention.selection.convolution import convolve
 from s2train.attention.selection.scorer import WeightOf, grouped, log_products, precise
 from s2train.attention.weights import AttentionShape, Weight
-from s2train.kernels.select_blocks import MASKED, combine_heads
+from s2train.kernels.candidates import MASKED, combine_heads
 
 _ROWS, _COLUMNS = 3, 5  # a convolution's extent
 _PADDING = (_COLUMNS // 2, _COLUMNS // 2, _ROWS - 1, 0)

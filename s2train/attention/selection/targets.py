@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from s2train.attention.selection.scorer import precise
-from s2train.kernels.select_blocks import MASKED
+from s2train.kernels.candidates import MASKED
 
 
 def kl_divergence(scores: Tensor, target: Tensor, candidates: Tensor) -> Tensor:
