@@ -21,8 +21,9 @@ from torch import Tensor
 
 from s2train.kernels.benchmarks.timing import Clock, time_passes
 from s2train.kernels.relative_error import relative_error
-from s2train.megatron.fused import linear_loss, swiglu, swiglu_launched_by_liger, vocab_parallel_loss
+from s2train.megatron.fused import swiglu, swiglu_launched_by_liger
 from s2train.megatron.in_place_loss import loss_in_place
+from s2train.megatron.liger_losses import linear_loss, vocab_parallel_loss
 from s2train.megatron.rotation import Rotation
 from s2train.megatron.summed_norm import sum_and_norm
 

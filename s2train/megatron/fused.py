@@ -7,12 +7,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import torch
-from liger_kernel.ops import (
-    LigerFusedGateUpSiLUMulFunction,
-    LigerFusedLinearCrossEntropyFunction,
-)
-from liger_kernel.ops.vocab_parallel_cross_entropy import LigerVocabParallelCEFunction
+from liger_kernel.ops import LigerFusedGateUpSiLUMulFunction
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.mlp import MLP
@@ -20,8 +15,7 @@ from torch import Tensor
 
 from s2train.environment.liger import PACKAGE, RELEASE
 from s2train.kernels.versions import installed_version
-
-IGNORED = -100  # not a label of any token: positions without loss are masked afterwards
+from s2train.megatron.liger_losses import linear_loss, vocab_parallel_loss
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -69,27 +63,6 @@ class DeferringOutput(ColumnParallelLinear):
 
     def forward(self, input_: Tensor, weight: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         return (input_, None) if self.defers else super().forward(input_, weight, *args, **kwargs)
-
-
-def vocab_parallel_loss(logits: Tensor, labels: Tensor, group: torch.distributed.ProcessGroup | None) -> Tensor:
-    """Compute cross entropy [s, b], fp32, from vocabulary-parallel logits.
-
-    Logits are [s, b, vocab / tp], labels [s, b].
-    """
-    smoothing = (0.0, "megatron", "partition")
-    loss: Tensor = LigerVocabParallelCEFunction.apply(logits, labels, group, IGNORED, *smoothing)
-    return loss
-
-
-def linear_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Compute cross entropy [s, b], fp32, without storing all logits.
-
-    Hidden states are [s, b, h], the weight [vocab, h]. Logits exist in pieces only; the backward recomputes them.
-    Weight gradients accumulate in fp32 over the pieces.
-    """
-    options = (None, None, IGNORED, 0.0, 0.0, "none", None, False, torch.float32)
-    loss, *_ = LigerFusedLinearCrossEntropyFunction.apply(hidden.flatten(0, 1), weight, labels.flatten(), *options)
-    return loss.view(labels.shape)
 
 
 class LigerLossModel(GPTModel):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from s2train.kernels.scale_rows import scale_rows
-from s2train.megatron.fused import IGNORED
+from s2train.megatron.liger_losses import IGNORED
 
 _WARPS = 32  # as Liger-Kernel launches it on GPUs before Blackwell
 

@@ -22,7 +22,8 @@ def compile_liger(cfg: PretrainConfig, operations: frozenset[str], loss: str, de
         loss: as `s2train.environment.liger.choose_loss` does.
     """
     # not importable where Liger-Kernel is not installed
-    from s2train.megatron.fused import swiglu, vocab_parallel_loss
+    from s2train.megatron.fused import swiglu
+    from s2train.megatron.liger_losses import vocab_parallel_loss
     from s2train.megatron.rotation import Rotation
 
     model, parallel, batch = cfg.model, cfg.parallel, cfg.train.micro_batch_size

@@ -185,8 +185,8 @@ def test_rotation_follows_angles_that_change() -> None:
 
 @needs_liger
 def test_losses_are_torchs() -> None:
-    from s2train.megatron.fused import linear_loss, vocab_parallel_loss
     from s2train.megatron.in_place_loss import loss_in_place
+    from s2train.megatron.liger_losses import linear_loss, vocab_parallel_loss
 
     hidden, weight, labels = torch.randn(7, 2, 16), torch.randn(40, 16), torch.randint(40, (7, 2))
 
