@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from s2train.errors import ConfigError
 from s2train.serving.export_layout import ExportLayout
 from s2train.serving.pages import PagePlan
-from s2train.serving.plugin import TESTED
+from s2train.serving.versions import warn_of_version
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -43,17 +43,6 @@ class ServingChecks:
         cache_config.block_size = plan.dense_tokens
         cache_config.user_specified_block_size = True  # else vLLM's platforms and backends set their own
         vllm_config.additional_config = {**vllm_config.additional_config, _PAGE_TOKENS: plan.dense_tokens}
-
-
-def warn_of_version() -> None:
-    """Log a warning if this version of vLLM is not tested."""
-    import vllm
-    from vllm.logger import init_logger
-
-    release = vllm.__version__.split("+")[0]
-    if release not in TESTED:
-        tested = ", ".join(TESTED)
-        init_logger("vllm.s2train").warning("s2train is tested with vLLM %s, and this is %s", tested, release)
 
 
 def check(config: VllmConfig) -> None:

@@ -4,8 +4,9 @@ vLLM calls `register` in each of its processes (entry point group vllm.general_p
 cache spec registers itself where it is first needed: importing it here would load much of vLLM.
 """
 
+from s2train.serving.versions import TESTED
+
 ARCHITECTURE, MODEL_TYPE = "S2ForCausalLM", "s2_llama"
-TESTED = ("0.24.0",)  # versions of vLLM
 
 
 def register() -> None:

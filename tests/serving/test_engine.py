@@ -11,8 +11,8 @@ pytest.importorskip("vllm")
 
 from s2train.layouts.patterns import Dense, LocalVertical
 from s2train.layouts.patterns.window import SlidingWindow
-from s2train.serving.checks import warn_of_version
 from s2train.serving.plugin import register
+from s2train.serving.versions import warn_of_version
 from tests.inference.cached_models import NUM_BLOCKS, REGISTERED, hybrid_of, layers_of, registered
 from tests.serving.engine import assert_as_exact, assert_greedy, engine, random_prompts
 from tests.serving.exports import write_export
