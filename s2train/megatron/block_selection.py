@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from s2train.attention.block_selection import FIRST_TOKEN, BlockSelectionKind
@@ -17,7 +16,8 @@ from s2train.kernels.block_statistics import block_mass
 from s2train.kernels.dispatch import kernels_in_use
 from s2train.kernels.topk_layout import Layout, TopKLayout
 from s2train.megatron.context_parallel.all_gather import chunk_ids, gather_sequence
-from s2train.megatron.core_attention import AttentionCache, CausalCoreAttention
+from s2train.megatron.core_attention import AttentionCache
+from s2train.megatron.selecting_core import SelectingCoreAttention, joined
 from s2train.megatron.selection_cache import (
     cached_list,
     cached_lists,
@@ -28,36 +28,18 @@ from s2train.megatron.selection_cache import (
     pooled_keys,
     whole_blocks,
 )
-from s2train.megatron.selection_losses import QueryPart, joined, learn_from_all, learn_from_sampled
+from s2train.megatron.selection_losses import QueryPart, learn_from_all, learn_from_sampled
 
 
-class BlockSelectionCoreAttention(CausalCoreAttention):
+class BlockSelectionCoreAttention(SelectingCoreAttention):
     """Core attention of the kind `block_selection`.
 
     During the run's first `warm_up_steps` steps it is dense, and the scorer learns from the probabilities of all rows.
     Afterwards it reads selected blocks, and the scorer learns from those of a few sampled rows. Under context parallel,
     keys, features of blocks, and the queries that choose are gathered from all ranks.
-
-    Attributes:
-        taught: the target that the teacher's same layer computed of the current micro batch, in place of this layer's
-            own; it stays for a recomputed forward pass.
     """
 
     captures_decoding = True
-    taught: Tensor | None = None
-
-    @property
-    def params_dtype(self) -> torch.dtype:
-        """Dtype of the model's weights, queries and keys."""
-        config = self.config
-        assert isinstance(config, TransformerConfig)
-        return config.params_dtype
-
-    @property
-    def kind(self) -> BlockSelectionKind:
-        kind = self.layer_layout.kind
-        assert isinstance(kind, BlockSelectionKind)
-        return kind
 
     @property
     def warms_up(self) -> bool:
@@ -231,46 +213,6 @@ class BlockSelectionCoreAttention(CausalCoreAttention):
             return out
         means = running_means(value, self.layer_layout.block_size)[value.shape[0] - query.shape[0] :]
         return mix(out, query, means, self.weight)
-
-    @property
-    def learns(self) -> bool:
-        """Return whether this pass gives the scorer gradients."""
-        return torch.is_grad_enabled() and bool(self.kind.scorer.losses)
-
-    def taught_target(self) -> Tensor | None:
-        """Return the target from the teacher; None without a teacher."""
-        if self.kind.teacher is None:
-            return None
-        if self.taught is None:
-            raise RuntimeError(f"{self.kind.setting}.teacher={self.kind.teacher}: the teacher must run before this")
-        return self.taught
-
-    @torch.no_grad()
-    def lists(
-        self, block_queries: Tensor, features: Tensor, first: int, end: int, scores: Tensor | None = None
-    ) -> Tensor:
-        """Select key blocks for query blocks [first, end).
-
-        The result is int32 [b, h_kv, end - first, slots].
-
-        Args:
-            block_queries, features: those of the whole sequence.
-            scores: of these rows, from the scorer's `head_scores`; None: computed for a chunk of rows at a time.
-        """
-        scorer, budget, count = self.kind.scorer, self.kind.budget, features.shape[1]
-        rows = torch.arange(count, device=features.device)[None, None]
-        candidates, slots, lists = budget.candidates(rows, count), budget.most_chosen(count), []
-        for start, stop in row_chunks(first, end):
-            if scores is None:
-                around = slice(max(0, start - scorer.earlier_rows), stop)
-                found = scorer.head_scores(
-                    block_queries[:, around], features[:, :stop], candidates[:, :, around, :stop], self.weight
-                )[..., start - around.start :, :]
-            else:
-                found = scores[..., start - first : stop - first, :stop]
-            own = rows[..., start:stop]
-            lists.append(select(found, own, budget, slots, normalize=scorer.normalizes, backend=self.backend))
-        return joined(lists, 2)
 
     def layout_of(self, indices: Tensor, query: Tensor, before: int) -> TopKLayout:
         """Make the layout of lists [b, h_kv, n, slots].

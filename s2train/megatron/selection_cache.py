@@ -5,8 +5,6 @@ share of the keys, and the pages that its block's list names. All of it stays on
 capture it.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -14,9 +12,7 @@ from s2train.attention.block_selection import FIRST_TOKEN
 from s2train.attention.selection.lists import select
 from s2train.attention.selection.scorer import precise
 from s2train.megatron.core_attention import AttentionCache, CachedChunk
-
-if TYPE_CHECKING:
-    from s2train.megatron.block_selection import BlockSelectionCoreAttention
+from s2train.megatron.selecting_core import SelectingCoreAttention
 
 
 def whole_blocks(tokens: Tensor, size: int) -> Tensor:
@@ -28,7 +24,7 @@ def whole_blocks(tokens: Tensor, size: int) -> Tensor:
     return tokens[: count * size].unflatten(0, (count, size)).permute(2, 0, 1, 3, 4)
 
 
-def pooled_keys(core: "BlockSelectionCoreAttention", key: Tensor) -> Tensor:
+def pooled_keys(core: SelectingCoreAttention, key: Tensor) -> Tensor:
     """Pool the keys of complete blocks: [b, n, h_kv, f].
 
     `key` is [s, b, h_kv, d].
@@ -37,7 +33,7 @@ def pooled_keys(core: "BlockSelectionCoreAttention", key: Tensor) -> Tensor:
 
 
 def empty_state(
-    core: "BlockSelectionCoreAttention", batch_size: int, num_blocks: int, device: torch.device
+    core: SelectingCoreAttention, batch_size: int, num_blocks: int, device: torch.device
 ) -> dict[str, Tensor]:
     """Make the state of an empty cache.
 
@@ -58,7 +54,7 @@ def empty_state(
 
 
 def keep_chunk(
-    core: "BlockSelectionCoreAttention",
+    core: SelectingCoreAttention,
     kv: AttentionCache,
     query: Tensor,
     key: Tensor,
@@ -87,7 +83,7 @@ def keep_chunk(
     block_queries[:, first + 1 : first + 1 + count] = whole_blocks(sums, size).sum(2) / size
 
 
-def keep_token(core: "BlockSelectionCoreAttention", kv: AttentionCache, query: Tensor) -> None:
+def keep_token(core: SelectingCoreAttention, kv: AttentionCache, query: Tensor) -> None:
     """Keep the state of one new token of each sequence.
 
     `query` is [1, b, h, d]; the token's key is in its page.
@@ -117,7 +113,7 @@ def mean_with_token(kv: AttentionCache, value: Tensor) -> Tensor:
     return (sums / (kv.positions.clamp(min=0) + 1)[:, None, None])[None]
 
 
-def cached_lists(core: "BlockSelectionCoreAttention", kv: AttentionCache, rows: Tensor, num_blocks: int) -> Tensor:
+def cached_lists(core: SelectingCoreAttention, kv: AttentionCache, rows: Tensor, num_blocks: int) -> Tensor:
     """Select blocks for consecutive query blocks: int32 [b, h_kv, r, slots].
 
     They are of the first `num_blocks` key blocks. `rows`, int64 [1 or b, 1, r], are the query blocks. Rows before them
@@ -135,7 +131,7 @@ def cached_lists(core: "BlockSelectionCoreAttention", kv: AttentionCache, rows: 
     return select(found, rows, budget, slots, normalize=scorer.normalizes, backend=core.backend)
 
 
-def cached_list(core: "BlockSelectionCoreAttention", kv: AttentionCache) -> Tensor:
+def cached_list(core: SelectingCoreAttention, kv: AttentionCache) -> Tensor:
     """Select the blocks that new tokens read: int32 [b, h_kv, slots]."""
     num_blocks = kv.state["features"].shape[1]
     rows = (kv.positions.clamp(min=0) // core.layer_layout.block_size).long()[:, None, None]

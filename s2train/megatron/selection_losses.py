@@ -6,7 +6,6 @@ layer's own attention, or of a teacher's.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,10 +16,8 @@ from s2train.attention.selection.scorer import block_scores
 from s2train.attention.selection.targets import LOSSES, row_mass, sampled_positions
 from s2train.kernels.block_statistics import block_mass
 from s2train.kernels.block_statistics.blocks import rows_of_block
-from s2train.kernels.select_blocks import combine_heads
-
-if TYPE_CHECKING:
-    from s2train.megatron.block_selection import BlockSelectionCoreAttention
+from s2train.kernels.candidates import combine_heads
+from s2train.megatron.selecting_core import SelectingCoreAttention, joined
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ class QueryPart:
 
 
 def learn_from_all(
-    core: "BlockSelectionCoreAttention",
+    core: SelectingCoreAttention,
     out: Tensor,
     parts: Sequence[QueryPart],
     key: Tensor,
@@ -81,7 +78,7 @@ def learn_from_all(
     return learn(core, out, joined(targets, 2), of_parts, joined(lists, 2), joined(rows, 0), joined(shares, 0))
 
 
-def mass_of_part(core: "BlockSelectionCoreAttention", part: QueryPart, key: Tensor, lse: Tensor) -> Tensor:
+def mass_of_part(core: SelectingCoreAttention, part: QueryPart, key: Tensor, lse: Tensor) -> Tensor:
     """Compute the probability of key blocks for all rows of a part.
 
     The result is [b, h_kv, n, blocks up to the part's end].
@@ -96,7 +93,7 @@ def mass_of_part(core: "BlockSelectionCoreAttention", part: QueryPart, key: Tens
 
 
 def learn_from_sampled(
-    core: "BlockSelectionCoreAttention",
+    core: SelectingCoreAttention,
     out: Tensor,
     parts: Sequence[QueryPart],
     key: Tensor,
@@ -128,13 +125,13 @@ def learn_from_sampled(
     return learn(core, out, target, scores, indices[:, :, joined(places, 0)], rows, share)
 
 
-def drawn_positions(core: "BlockSelectionCoreAttention", length: int, device: torch.device) -> Tensor:
+def drawn_positions(core: SelectingCoreAttention, length: int, device: torch.device) -> Tensor:
     """Draw the positions of this step's sampled rows, as `sampled_positions`."""
     seed = stateless_seed(core.seed, core.step, core.layer_number, "rows")
     return sampled_positions(length, core.kind.settings.sampled_rows, seed, device)
 
 
-def scores_of(core: "BlockSelectionCoreAttention", rows: Tensor, block_queries: Tensor, features: Tensor) -> Tensor:
+def scores_of(core: SelectingCoreAttention, rows: Tensor, block_queries: Tensor, features: Tensor) -> Tensor:
     """Score key blocks for query blocks `rows` [r]: [b, h_kv, r, n].
 
     The rows before each, on which its scores depend, are scored with it.
@@ -147,7 +144,7 @@ def scores_of(core: "BlockSelectionCoreAttention", rows: Tensor, block_queries: 
 
 
 def learn(
-    core: "BlockSelectionCoreAttention",
+    core: SelectingCoreAttention,
     out: Tensor,
     target: Tensor,
     scores: Tensor | None,
@@ -179,8 +176,3 @@ def learn(
         for name in core.kind.scorer.losses:
             out = core.add_loss(out, name, mean(LOSSES[name](scores, target, candidates)))
     return out
-
-
-def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
-    """Concatenate tensors; a single one is not copied."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
