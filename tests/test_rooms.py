@@ -1,7 +1,8 @@
 """Folders import one way."""
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,40 @@ def test_every_room_has_a_place_in_the_order() -> None:
         path.stem for path in (ROOT / "s2train").iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()
     }
     assert rooms - {"__init__"} | {"kernels"} == LEVEL.keys()
+
+
+def modules() -> dict[str, Path]:
+    """The file of each module of the package."""
+    roots = {"s2train": ROOT / "s2train", "s2train.kernels": ROOT / "kernels"}
+    return {
+        ".".join([name, *path.relative_to(root).with_suffix("").parts]).removesuffix(".__init__"): path
+        for name, root in roots.items()
+        for path in root.rglob("*.py")
+    }
+
+
+def imported_modules(name: str, path: Path, known: Iterable[str]) -> Iterator[str]:
+    """The modules that a file names anywhere, also within functions and for types alone."""
+    package = name.split(".") if path.stem == "__init__" else name.split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*start, *([node.module] if node.module else [])])
+            for alias in node.names:
+                found = f"{module}.{alias.name}"
+                yield from (one for one in (found if found in known else module,) if one in known)
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    known = modules()
+    imports = {name: set(imported_modules(name, path, known)) - {name} for name, path in known.items()}
+    assert len(imports["s2train.kernels.attention"]) > 1
+    try:
+        TopologicalSorter(imports).prepare()
+    except CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
 
 
 def test_kernels_import_neither_megatron_nor_hydra() -> None:
