@@ -21,6 +21,7 @@ from s2train.checkpoints.integrity import CONFIG, PROGRESS, damage, known_proble
 from s2train.checkpoints.listing import checkpoints_in, checkpoints_of, step_of
 from s2train.command_line.commands import hydra_setting, python_command, shell_setting
 from s2train.command_line.old_names import rename_saved
+from s2train.command_line.overrides import without_interpolation
 from s2train.config import PretrainConfig
 from s2train.errors import ConfigError, message_line
 
@@ -136,8 +137,22 @@ def _unreadable(setting: str, checkpoint: Path, name: str, error: Exception) -> 
 
 def write_config(cfg: PretrainConfig, path: Path) -> None:
     """Write a run's configuration as YAML."""
+    OmegaConf.save(OmegaConf.create(written_settings(cfg)), path)
+
+
+def written_settings(cfg: PretrainConfig) -> dict[str, Any]:
+    """Return a run's settings as `write_config` writes them."""
     # As plain values: OmegaConf would build and check a node for each, which takes far longer.
-    OmegaConf.save(OmegaConf.create(asdict(cfg)), path)
+    settings: dict[str, Any] = _as_written(asdict(cfg))
+    return settings
+
+
+def _as_written(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _as_written(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_written(each) for each in value]
+    return without_interpolation(value) if isinstance(value, str) else value
 
 
 def remedy_for_damage(checkpoint: Path, setting: str = "checkpoint") -> str:

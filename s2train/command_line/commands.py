@@ -6,7 +6,7 @@ from pathlib import Path
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from s2train.command_line.overrides import quoted
+from s2train.command_line.overrides import quoted, without_interpolation
 from s2train.errors import as_typed
 
 
@@ -42,8 +42,7 @@ def _text(text: str) -> str:
     """Text as Hydra reads it, also in a list."""
     if "${" not in text and _read(f"[{text}]") == [text] and _read(text) == text:
         return text
-    # A dollar before a brace would begin an interpolation.
-    return quoted(text.replace("${", "\\${"), '"' if '"' not in text else "'")
+    return quoted(without_interpolation(text), '"' if '"' not in text else "'")
 
 
 def _read(value: str) -> object:

@@ -27,6 +27,11 @@ def quoted(value: object, mark: str = "'") -> str:
     return f"{mark}{text}{mark}"
 
 
+def without_interpolation(text: str) -> str:
+    """Escape a text so that OmegaConf reads exactly this text."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+
+
 def quote_where_needed(arguments: Sequence[str]) -> list[str]:
     """Quote plain texts, and lists of them, that Hydra can't parse unquoted.
 
@@ -42,7 +47,7 @@ def quote_text(arguments: Sequence[str], setting: str) -> list[str]:
     Leaves lists in brackets, and what is already in quotes.
     """
     return [
-        f"{key}={quoted(value.replace('${', chr(92) + '${'))}"
+        f"{key}={quoted(without_interpolation(value))}"
         if equals and key.lstrip("+") == setting and not _LIST_OR_QUOTED.fullmatch(value)
         else argument
         for argument in arguments

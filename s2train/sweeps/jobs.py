@@ -155,7 +155,7 @@ def changed_setting(folder: Path, cfg: PretrainConfig) -> str | None:
     path = folder / "config.yaml"
     if not path.is_file():
         return None
-    saved: Any = OmegaConf.to_container(OmegaConf.load(path))
+    saved: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     rename_saved(saved)
     # Through JSON, which turns tuples into lists.
     before, now = (dict(settings_by_name(node)) for node in (saved, json.loads(json.dumps(asdict(cfg)))))

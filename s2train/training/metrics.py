@@ -7,8 +7,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from s2train.batch_sizes import batch_size
 from s2train.checkpoints.folders import Progress
 from s2train.checkpoints.setting_changes import Change
@@ -180,12 +178,11 @@ class Tracker:
         code = {"commit": git_commit(), **versions()}
         self.event("code", **code)
         if (mode := choose_mode(cfg.tracking.wandb)) != "disabled":
-            settings: Any = OmegaConf.to_container(OmegaConf.structured(cfg))
             info = RunInfo(
                 mode=mode,
                 id=start.wandb_id,
                 folder=folder,
-                config={**settings, "code": code, "figures": plan or {}},
+                config={**asdict(cfg), "code": code, "figures": plan or {}},
                 tracking=cfg.tracking,
             )
             self._run = WandbRun(info, self.note)

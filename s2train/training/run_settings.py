@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from s2train.checkpoints.folders import write_config
+from s2train.checkpoints.folders import write_config, written_settings
 from s2train.checkpoints.setting_changes import Change
 from s2train.config import PretrainConfig
 from s2train.files import replacing, set_aside
@@ -30,7 +30,7 @@ def write_settings(cfg: PretrainConfig, run_dir: Path, step: int, changes: Seque
     if not path.exists():
         write_config(cfg, path)
         return None
-    if _read(path) == OmegaConf.to_container(OmegaConf.structured(cfg)):
+    if _read(path) == written_settings(cfg):
         return None
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     history = [line for line in lines if line.startswith("#")] if step else []

@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from s2train.checkpoints.folders import find_checkpoint
+from s2train.checkpoints.folders import find_checkpoint, read_config, write_config
 from s2train.checkpoints.run_folder import free_damaged_name
 from s2train.checkpoints.run_state import checkpoints_to_remove
+from s2train.command_line.commands import hydra_setting
 from s2train.errors import ConfigError
 from s2train.files import FolderLock
+from s2train.sweeps.jobs import changed_setting
+from s2train.training.run_settings import write_settings
+from tests.test_configs import pretrain
 
 
 def folders(*steps: int) -> list[Path]:
@@ -87,3 +91,12 @@ def test_a_child_that_outlives_the_lock_holder_does_not_keep_the_lock(tmp_path: 
     os.waitpid(holder, 0)
     assert from_another_process(tmp_path / "lock") == "held"
     os.write(write, b"x")
+
+
+@pytest.mark.parametrize("name", ["a${b}", "a${b", "\\${b}"])
+def test_a_folder_whose_name_looks_like_an_interpolation_is_read_as_written(name: str, tmp_path: Path) -> None:
+    cfg = pretrain("+model=tiny_hybrid", hydra_setting("run_dir", name), hydra_setting("data.path", [1, name]))
+    write_config(cfg, tmp_path / "config.yaml")
+    assert read_config(tmp_path) == cfg
+    assert changed_setting(tmp_path, cfg) is None
+    assert write_settings(cfg, tmp_path, 0, []) is None

@@ -16,7 +16,7 @@ from s2train.config import PretrainConfig, register, to_object
 
 TEXTS = [
     "runs/a", "/tmp/a b/x", "a,b", "it's", 'a"b', "a'\"b", "[x]", "{x}", "a${b}", "ends\\", "~/x", "a*?;&|<>(1)",
-    "null", "true", "1e3", "007", " a ", "für", "a=b", "#", "file:/a b.yaml", "$HOME", "int(3)",
+    "\\${b", "null", "true", "1e3", "007", " a ", "für", "a=b", "#", "file:/a b.yaml", "$HOME", "int(3)",
 ]  # fmt: skip
 
 
