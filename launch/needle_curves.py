@@ -21,6 +21,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
+from s2train.command_line.commands import text_of_setting
 from s2train.environment.provenance import environment
 from s2train.errors import USAGE_STATUS, ConfigError
 from s2train.files import output_stem, write_json
@@ -74,7 +75,7 @@ def _programs(path: Path) -> dict[str, dict[str, Any]]:
     for record in read_records(path) if path.is_file() else []:
         runs = [word for word in record["command"] if word.startswith("run_dir=")]
         if runs:  # a training program
-            phase = Path(runs[-1]).name
+            phase = Path(text_of_setting(runs[-1])).name
             seconds[phase] = round(seconds.get(phase, 0) + record["seconds"], 3)
             if record["status"] != USAGE_STATUS:
                 commands.setdefault(phase, shlex.join(["python", *record["command"]]))

@@ -28,13 +28,11 @@ from rich.console import Console
 from rich.table import Table
 
 from s2train.checkpoints.listing import checkpoint_at, checkpoints_of
-from s2train.command_line.commands import python_command
+from s2train.command_line.commands import hydra_setting, hydra_settings, python_command
 from s2train.costs.prediction import ModelCosts, model_costs
 from s2train.environment.cores import available_cores
-from s2train.errors import ConfigError
 from s2train.needles.recipe import PHASES, Phase, document_settings, evaluation_settings
 from s2train.planning import compose_run, hybrid_layout
-from s2train.planning.compose import check_root
 from s2train.sweeps.jobs import changed_setting
 
 LAUNCH = Path(__file__).parent
@@ -75,8 +73,8 @@ def data_commands(root: Path, phase: Phase) -> list[list[str]]:
         commands.append(
             [
                 str(LAUNCH / "prepare_data.py"),
-                f"output={data_prefix(root, phase, name)}",
-                "tokenizer=bpe:1024" if makes_tokenizer else f"tokenizer={tokenizer(root)}",
+                hydra_setting("output", data_prefix(root, phase, name)),
+                hydra_setting("tokenizer", "bpe:1024" if makes_tokenizer else tokenizer(root)),
                 *document_settings(phase, name, HELD_OUT),
             ]
         )
@@ -92,31 +90,31 @@ def train_command(root: Path, variant: str, number: int, under_yarn: bool = Fals
     phase, run = PHASES[number], run_folder(root, variant, number, under_yarn)
     before = PHASES[number - 1].length
     scaling = f"model.rope_scaling={{kind:yarn,factor:{phase.length // before},original_length:{before}}}"
-    resume = (
-        [] if number == 0 or checkpoints_of(run) else [f"checkpoint.resume={run_folder(root, variant, number - 1)}"]
-    )
-    blend = ",".join(f"{weight},{root}/data/{phase.name}-{name}" for name, weight in phase.blend)
+    settings: dict[str, object] = {"run_dir": run}
+    if number > 0 and not checkpoints_of(run):
+        settings["checkpoint.resume"] = run_folder(root, variant, number - 1)
+        settings["checkpoint.new_data"] = True
+    settings |= {
+        "data.path": [part for name, weight in phase.blend for part in (weight, data_prefix(root, phase, name))],
+        "data.tokenizer": tokenizer(root),
+        "data.cache": root / "data" / "cache",
+        "train.seq_length": phase.length,
+        "train.global_batch_size": phase.batch,
+        "train.micro_batch_size": phase.micro,
+        "train.steps": last_step(number),
+        "optim.decay_steps": last_step(len(PHASES) - 1),
+        "evaluation.interval": 250,
+        "evaluation.batches": 1 if phase.length > 8192 else 4,
+        "checkpoint.interval": 1000 if number == 0 else phase.steps,
+        "tracking.log_interval": 20,
+        "data.num_workers": 4,
+    }
     return [
         str(LAUNCH / "pretrain.py"),
         f"+model=needle_{variant}",
-        f"run_dir={run}",
-        *resume,
-        *(["checkpoint.new_data=true"] if resume else []),
         *([scaling] if under_yarn else []),
-        f"data.path=[{blend}]",
-        f"data.tokenizer={tokenizer(root)}",
-        f"data.cache={root}/data/cache",
         f"data.split=[{100 * (1 - HELD_OUT):g},{100 * HELD_OUT:g},0]",
-        f"train.seq_length={phase.length}",
-        f"train.global_batch_size={phase.batch}",
-        f"train.micro_batch_size={phase.micro}",
-        f"train.steps={last_step(number)}",
-        f"optim.decay_steps={last_step(len(PHASES) - 1)}",
-        "evaluation.interval=250",
-        f"evaluation.batches={1 if phase.length > 8192 else 4}",
-        f"checkpoint.interval={1000 if number == 0 else phase.steps}",
-        "tracking.log_interval=20",
-        "data.num_workers=4",
+        *hydra_settings(settings),
     ]
 
 
@@ -285,10 +283,6 @@ def main(arguments: list[str] | None = None) -> None:
     phases = [number for number, phase in enumerate(PHASES) if phase.length <= given.longest]
     if not phases:
         parser.error(f"--longest {given.longest}: the first phase has {PHASES[0].length} tokens")
-    try:
-        check_root(given.root)
-    except ConfigError as error:
-        parser.error(str(error))
     deadline, root, variant, last = Deadline(given.minutes), given.root, given.variant, phases[-1]
     if given.action == "plan":
         Console(width=140).print(plan_table(root))

@@ -37,7 +37,6 @@ from s2train.config import PretrainConfig
 from s2train.errors import ConfigError
 from s2train.files import check_writable
 from s2train.planning import compose_run
-from s2train.planning.compose import check_root
 from s2train.preparation.config import CorpusConfig
 from s2train.study import speed, sweep
 from s2train.study.corpus import check_made_with
@@ -324,7 +323,6 @@ def act(given: argparse.Namespace, variants: Sequence[str], settings: Sequence[s
         ConfigError: something is missing, or a file doesn't fit.
     """
     folders = Folders(given.root, Path(__file__).parent)
-    check_root(folders.root)
     if given.action != "plan":
         check_writable("root", folders.root)
     devices = given.gpu.split(",")

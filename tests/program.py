@@ -38,6 +38,9 @@ SMALL = [
 # For a run whose checkpoint no test reads: saving takes a third of a short run's time.
 UNSAVED = "checkpoint.save=false"
 
+# A folder's name with characters that mean something to Hydra, a shell or a wildcard.
+AWKWARD_NAME = "my runs, (v2)=é '[\"*]' ${x}"
+
 
 @dataclass(frozen=True)
 class Outcome:

@@ -1,12 +1,13 @@
 """Writes settings and commands as a user types them in a shell."""
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from s2train.command_line.overrides import quoted, without_interpolation
+from s2train.command_line.overrides import quote_where_needed, quoted, without_interpolation
 from s2train.errors import as_typed
 
 
@@ -16,6 +17,23 @@ def hydra_setting(name: str, value: object) -> str:
     Text is quoted only where Hydra would read something else.
     """
     return f"{name}={_value(value)}"
+
+
+def hydra_settings(values: Mapping[str, object]) -> list[str]:
+    """Write each setting as `hydra_setting`.
+
+    Args:
+        values: by name.
+    """
+    return [hydra_setting(name, value) for name, value in values.items()]
+
+
+def text_of_setting(word: str) -> str:
+    """Return a typed setting's text, without its quotes."""
+    [word] = quote_where_needed([word])
+    given = word.partition("=")[2]
+    value = _read(given)
+    return value if isinstance(value, str) else given
 
 
 def shell_setting(name: str, value: object) -> str:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from s2train.command_line.commands import hydra_settings
+
 DEPTHS = [n / 10 for n in range(11)]
 
 
@@ -89,13 +91,15 @@ def evaluation_settings(
         tokenizer: the run's, where it is now: the run's settings name where it was.
         trials: at each depth.
     """
-    return [
-        f"checkpoint={checkpoint}",
-        f"tokenizer={tokenizer}",
-        f"lengths={list(lengths)}",
-        f"depths={DEPTHS}",
-        f"trials={trials}",
-        f"batch_size={trials}",
-        "batch_tokens=131072",
-        f"output={output}",
-    ]
+    return hydra_settings(
+        {
+            "checkpoint": checkpoint,
+            "tokenizer": tokenizer,
+            "lengths": lengths,
+            "depths": DEPTHS,
+            "trials": trials,
+            "batch_size": trials,
+            "batch_tokens": 131072,
+            "output": output,
+        }
+    )

@@ -1,16 +1,11 @@
 """Composes the settings of a training run without Hydra's main program."""
 
 from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
 
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 
 from s2train.command_line.composition import CONF, config_groups, hydra_arguments
 from s2train.config import PretrainConfig, register
-from s2train.errors import ConfigError
 from s2train.planning.checks import resolve
 
 
@@ -30,17 +25,3 @@ def compose_run(overrides: Sequence[str]) -> PretrainConfig:
         cfg = resolve(compose("pretrain", arguments), config_groups(CONF)["model"], arguments)
     assert isinstance(cfg, PretrainConfig)
     return cfg
-
-
-def check_root(root: Path) -> None:
-    """Check that settings of a run can name files of a folder.
-
-    Raises:
-        ConfigError: its name has characters with a meaning in settings.
-    """
-    value = f"{root}/runs"
-    with suppress(HydraException, OmegaConfBaseException):
-        if compose_run(["+model=tiny_dense", f"run_dir={value}"]).run_dir == value:
-            return
-    problem = "its name has characters that settings can't hold"
-    raise ConfigError("root", root, problem, "Set a folder named by letters, digits, - and _")

@@ -49,7 +49,7 @@ def files_named(name: str, setting: str) -> list[Path]:
     """
     if Path(name).is_dir():
         raise ConfigError(setting, name, "is a folder", f"Name its files, such as {Path(name) / '*.txt'}")
-    has_star = "*" in name
+    has_star = "*" in name and not Path(name).is_file()  # a file's own name may have one
     found = sorted(path for path in map(Path, glob(name, recursive=True) if has_star else [name]) if path.is_file())
     if not found:
         problem = "no file matches" if has_star else "no such file"

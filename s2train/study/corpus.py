@@ -8,6 +8,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 
+from s2train.command_line.commands import hydra_settings
 from s2train.command_line.composition import CONF, hydra_arguments
 from s2train.config import to_object
 from s2train.errors import ConfigError, as_typed
@@ -38,7 +39,7 @@ def check_made_with(folders: Folders, tree: Path | None, settings: Sequence[str]
     made: dict[str, Any] = {"overwrite": False} | json.loads(path.read_text()).get("settings", {})
     if tree is not None and "tree" in made and tree.resolve() != Path(made["tree"]).resolve():
         raise ConfigError("--tree", tree, f"{folders.corpus} was made of {made['tree']}", remedy)
-    given = asdict(_compose([f"output={folders.corpus}", f"tree={tree}", *settings]))
+    given = asdict(_compose([*hydra_settings({"output": folders.corpus, "tree": str(tree)}), *settings]))
     for name in (setting.partition("=")[0].lstrip("+~") for setting in settings):
         if name not in _WITHOUT_EFFECT and given[name] != made.get(name):
             problem = f"{folders.corpus} was made with {name}={as_typed(made.get(name))}"

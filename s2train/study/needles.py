@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from s2train.command_line.commands import hydra_setting, hydra_settings
 from s2train.data.indexed import read_metadata
 from s2train.data.tokenizers import fingerprint
 from s2train.errors import ConfigError
@@ -19,10 +20,9 @@ TRIALS = 10  # per length, depth and task
 _DOCUMENTS = RECIPE[-2]  # of the recipe for 128k tokens, made as long as a phase of the study
 
 
-def needle_blend(folders: Folders, phase: Phase) -> str:
+def needle_blend(folders: Folders, phase: Phase) -> list[float | Path]:
     """Return the value of data.path: documents of all sources, by weight."""
-    parts = (f"{weight},{_prefix(folders, phase, source)}" for source, weight in _DOCUMENTS.blend)
-    return f"[{','.join(parts)}]"
+    return [part for source, weight in _DOCUMENTS.blend for part in (weight, _prefix(folders, phase, source))]
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ def needle_documents(folders: Folders, phase: Phase, sequences: int, steps: int)
     documents, made = replace(_DOCUMENTS, length=phase.length, batch=sequences, steps=steps), []
     for source, weight in documents.blend:
         output = _prefix(folders, phase, source)
-        settings = [f"output={output}", f"tokenizer={folders.tokenizer}", *document_settings(documents, source)]
-        command = [folders.program("prepare_data.py"), *settings]
+        paths = hydra_settings({"output": output, "tokenizer": folders.tokenizer})
+        command = [folders.program("prepare_data.py"), *paths, *document_settings(documents, source)]
         made.append(Documents(output, command, weight * documents.samples))
     return made
 
@@ -84,7 +84,7 @@ def needle_command(folders: Folders, run: Run) -> list[str]:
     length = PHASES[run.phase].length
     lengths = [length // 4, length // 2, length]
     settings = evaluation_settings(folders.run(run), folders.tokenizer, lengths, TRIALS, _output(folders, run))
-    return [folders.program("needle.py"), *settings, f"task=[{','.join(TASKS)}]"]
+    return [folders.program("needle.py"), *settings, hydra_setting("task", TASKS)]
 
 
 def _output(folders: Folders, run: Run) -> Path:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from s2train.command_line.commands import hydra_settings
 from s2train.config import settings_by_name
 from s2train.errors import ConfigError
 from s2train.planning import compose_run
@@ -56,7 +57,7 @@ class Recipe:
 
 def corpus_command(folders: Folders, tree: Path) -> list[str]:
     """Return the command that makes train.jsonl and held-out.jsonl of a tree."""
-    return [folders.program("make_corpus.py"), f"tree={tree}", f"output={folders.corpus}"]
+    return [folders.program("make_corpus.py"), *hydra_settings({"tree": tree, "output": folders.corpus})]
 
 
 def data_commands(folders: Folders) -> list[tuple[Path, list[str]]]:
@@ -65,13 +66,13 @@ def data_commands(folders: Folders) -> list[tuple[Path, list[str]]]:
     Each is paired with the .idx file that it writes. The first also trains the tokenizer, if there is none.
     """
     commands = []
-    first = str(folders.tokenizer) if folders.tokenizer.is_file() else f"bpe:{VOCABULARY}"
+    first = folders.tokenizer if folders.tokenizer.is_file() else f"bpe:{VOCABULARY}"
     for output, text, tokenizer in (
         (folders.train_data, folders.train_text, first),
-        (folders.held_out_data, folders.held_out_text, str(folders.tokenizer)),
+        (folders.held_out_data, folders.held_out_text, folders.tokenizer),
     ):
-        settings = [f"input={text}", f"output={output}", f"tokenizer={tokenizer}", "overwrite=true"]
-        commands.append((Path(f"{output}.idx"), [folders.program("prepare_data.py"), *settings]))
+        settings = {"input": text, "output": output, "tokenizer": tokenizer, "overwrite": True}
+        commands.append((Path(f"{output}.idx"), [folders.program("prepare_data.py"), *hydra_settings(settings)]))
     return commands
 
 
@@ -94,38 +95,37 @@ def train_settings(folders: Folders, run: Run, recipe: Recipe, gpus: int = 1) ->
     sequences = sequences_of(phase, recipe)
     evaluations = 1 if phase.needles else EVALUATIONS
     interval = -(-(last - before) // evaluations)  # rounded down, it would leave one more for the last steps
-    settings = [
-        *phase.model,
-        f"model.name={run.variant}",
-        *attention_settings(run.variant, phase),
-        f"run_dir={folders.run(run)}",
-        *data_settings(folders, phase),
-        f"seed={run.seed + (_NEW_ORDER if phase.weights_only else 0)}",
-        f"train.seq_length={phase.length}",
-        f"train.global_batch_size={sequences}",
-        f"train.micro_batch_size={micro_batch(phase.length, sequences, gpus)}",
-        f"train.steps={last}",
-        f"optim.lr={recipe.lr * phase.lr_factor}",
-        f"optim.warmup_steps={max(1, (before or last) // 20)}",
-        f"evaluation.interval={interval}",
-        f"evaluation.batches={max(1, HELD_OUT_TOKENS // (sequences * phase.length))}",
-        f"checkpoint.interval={2 * interval}",
-        "checkpoint.keep=1",
-        "tracking.log_interval=10",
-        "tracking.wandb=disabled",
-    ]
-    if run.before is not None and phase.weights_only:
-        settings += [f"checkpoint.resume={folders.run(run.before)}", "checkpoint.weights_only=true"]
-        if has_warm_up(run):
-            settings.append(f"train.freeze_trunk_steps={phase.scorer_warm_up}")
-    elif run.before is not None:
-        settings += [
-            f"checkpoint.resume={folders.run(run.before)}",
-            "checkpoint.new_data=true",
-            "checkpoint.allow_changes=true",
-            f"optim.decay_steps={before}",
-        ]
-    return settings
+    settings: dict[str, object] = {
+        "run_dir": folders.run(run),
+        **data_settings(folders, phase),
+        "seed": run.seed + (_NEW_ORDER if phase.weights_only else 0),
+        "train.seq_length": phase.length,
+        "train.global_batch_size": sequences,
+        "train.micro_batch_size": micro_batch(phase.length, sequences, gpus),
+        "train.steps": last,
+        "optim.lr": recipe.lr * phase.lr_factor,
+        "optim.warmup_steps": max(1, (before or last) // 20),
+        "evaluation.interval": interval,
+        "evaluation.batches": max(1, HELD_OUT_TOKENS // (sequences * phase.length)),
+        "checkpoint.interval": 2 * interval,
+        "checkpoint.keep": 1,
+        "tracking.log_interval": 10,
+        "tracking.wandb": "disabled",
+    }
+    if run.before is not None:
+        settings["checkpoint.resume"] = folders.run(run.before)
+        if not phase.weights_only:
+            settings |= {
+                "checkpoint.new_data": True,
+                "checkpoint.allow_changes": True,
+                "optim.decay_steps": before,
+            }
+        else:
+            settings["checkpoint.weights_only"] = True
+            if has_warm_up(run):
+                settings["train.freeze_trunk_steps"] = phase.scorer_warm_up
+    attention = attention_settings(run.variant, phase)
+    return [*phase.model, f"model.name={run.variant}", *attention, *hydra_settings(settings)]
 
 
 def check_given(own: Sequence[str], given: Sequence[str]) -> None:
@@ -162,15 +162,15 @@ def micro_batch(length: int, sequences: int, gpus: int) -> int:
     return next(size for size in (4, 2, 1) if size <= most and (sequences % (size * gpus) == 0 or size == 1))
 
 
-def data_settings(folders: Folders, phase: Phase) -> list[str]:
+def data_settings(folders: Folders, phase: Phase) -> dict[str, object]:
     """Return the settings of the study's data and held-out samples."""
-    return [
-        f"data.path={needle_blend(folders, phase) if phase.needles else folders.train_data}",
-        f"data.valid_path={folders.held_out_data}",
-        f"data.tokenizer={folders.tokenizer}",
-        f"data.cache={folders.data / 'cache'}",
-        "evaluation.seed=null",  # as the recorded runs were evaluated; runs of one seed are compared
-    ]
+    return {
+        "data.path": needle_blend(folders, phase) if phase.needles else folders.train_data,
+        "data.valid_path": folders.held_out_data,
+        "data.tokenizer": folders.tokenizer,
+        "data.cache": folders.data / "cache",
+        "evaluation.seed": None,  # as the recorded runs were evaluated; runs of one seed are compared
+    }
 
 
 def train_command(folders: Folders, settings: Sequence[str], gpus: int) -> list[str]:
@@ -194,12 +194,11 @@ def probed_lengths(length: int) -> list[int]:
 
 def probes_command(folders: Folders, run: Run) -> list[str]:
     """Return the command that probes a run's last checkpoint."""
-    length = PHASES[run.phase].length
-    return [
-        folders.program("probes.py"),
-        f"checkpoint={folders.run(run)}",
-        f"text={folders.held_out_text}",
-        f"tokenizer={folders.tokenizer}",  # the run's settings name where it was when the run began
-        f"lengths={probed_lengths(length)}",
-        f"output={folders.probes(run)}",
-    ]
+    settings = {
+        "checkpoint": folders.run(run),
+        "text": folders.held_out_text,
+        "tokenizer": folders.tokenizer,  # the run's settings name where it was when the run began
+        "lengths": probed_lengths(PHASES[run.phase].length),
+        "output": folders.probes(run),
+    }
+    return [folders.program("probes.py"), *hydra_settings(settings)]

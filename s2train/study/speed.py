@@ -9,6 +9,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from s2train.command_line.commands import hydra_setting
 from s2train.comparison.runs import summarize
 from s2train.environment.provenance import environment
 from s2train.files import write_json
@@ -39,7 +40,7 @@ def speed_settings(folders: Folders, run: Run, recipe: Recipe, gpus: int) -> lis
     return [
         *kept,
         *(["layout.kinds.E.warm_up_steps=0"] if has_warm_up(run) else []),
-        f"run_dir={folders.root / 'speed' / key(run, gpus)}",
+        hydra_setting("run_dir", folders.root / "speed" / key(run, gpus)),
         f"optim.lr={recipe.lr}",
         f"train.steps={STEPS}",
         f"optim.warmup_steps={STEPS // 3}",

@@ -11,6 +11,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from s2train.command_line.commands import hydra_settings
 from s2train.comparison.claims import claim
 from s2train.data.indexed import read_metadata
 from s2train.environment.provenance import environment
@@ -44,26 +45,24 @@ class Trial:
         """Settings of launch/pretrain.py; the held-out loss is measured at the end."""
         phase = PHASES[PHASE]
         sequences = sequences_of(phase, self.recipe)
-        return [
-            *phase.model,
-            "model.name=dense",
-            *attention_settings("dense", phase),
-            f"run_dir={folders.root / 'sweep' / self.name}",
-            *data_settings(folders, phase),
-            f"seed={SEEDS[0]}",
-            f"train.seq_length={phase.length}",
-            f"train.global_batch_size={sequences}",
-            f"train.micro_batch_size={micro_batch(phase.length, sequences, gpus)}",
-            f"train.steps={self.steps}",
-            f"optim.lr={self.recipe.lr}",
-            f"optim.warmup_steps={max(1, self.steps // 10)}",
-            f"evaluation.interval={self.steps}",
-            f"evaluation.batches={max(1, HELD_OUT_TOKENS // self.recipe.batch_tokens)}",
-            f"checkpoint.interval={self.steps}",
-            "checkpoint.keep=1",
-            "tracking.log_interval=5",
-            "tracking.wandb=disabled",
-        ]
+        settings = {
+            "run_dir": folders.root / "sweep" / self.name,
+            **data_settings(folders, phase),
+            "seed": SEEDS[0],
+            "train.seq_length": phase.length,
+            "train.global_batch_size": sequences,
+            "train.micro_batch_size": micro_batch(phase.length, sequences, gpus),
+            "train.steps": self.steps,
+            "optim.lr": self.recipe.lr,
+            "optim.warmup_steps": max(1, self.steps // 10),
+            "evaluation.interval": self.steps,
+            "evaluation.batches": max(1, HELD_OUT_TOKENS // self.recipe.batch_tokens),
+            "checkpoint.interval": self.steps,
+            "checkpoint.keep": 1,
+            "tracking.log_interval": 5,
+            "tracking.wandb": "disabled",
+        }
+        return [*phase.model, "model.name=dense", *attention_settings("dense", phase), *hydra_settings(settings)]
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
 from s2train.checkpoints.folders import Progress, write_config
+from s2train.command_line.commands import hydra_setting, python_command
 from s2train.config import PretrainConfig, to_object
 from s2train.data.tokenizers import ByteTokenizer
 from s2train.environment.hardware import Hardware
@@ -22,7 +23,7 @@ from s2train.needles.documents import needle_documents
 from s2train.needles.results import Cell, CellReach
 from s2train.planning import check, compose_run
 from s2train.preparation.config import PrepareConfig, register
-from tests.program import run
+from tests.program import AWKWARD_NAME, run
 
 ROOT = Path(__file__).parents[2]
 H100 = Hardware("NVIDIA H100 80GB HBM3", "cuda", 85_017_624_576)
@@ -156,14 +157,6 @@ def test_settings_that_an_action_would_not_use_are_rejected(
 def test_what_is_not_trained_is_not_evaluated(action: str, recipe: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"of hybrid .*needle_recipe\.py train hybrid --root"):
         recipe["main"]([action, "hybrid", "--root", str(tmp_path)])
-
-
-def test_a_root_that_settings_can_not_name_is_rejected(
-    recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit):
-        recipe["main"](["data", "--root", str(tmp_path / "a,b")])
-    assert "its name has characters that settings can't hold" in capsys.readouterr().err
 
 
 def test_training_without_data_names_the_command_that_makes_them(recipe: dict[str, Any], tmp_path: Path) -> None:
@@ -363,7 +356,7 @@ def test_wall_seconds_are_of_all_starts_of_a_phase_and_its_command_is_the_first_
 ) -> None:
     trained(tmp_path / "512")
     assert not {"wall_seconds", "commands"} & curves["read_variant"](tmp_path).keys()
-    runs = [f"run_dir={tmp_path}/{phase}" for phase in (512, 2048)]
+    runs = [hydra_setting("run_dir", f"{tmp_path}, (v2)/{phase}") for phase in (512, 2048)]
     records = [
         {"command": ["pretrain.py", runs[0], "seed=x"], "seconds": 3.5, "status": 2},
         {"command": ["pretrain.py", runs[0], "data.path=[a, b]"], "seconds": 100.0, "status": -15},
@@ -374,8 +367,8 @@ def test_wall_seconds_are_of_all_starts_of_a_phase_and_its_command_is_the_first_
     (tmp_path / "programs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + '{"cut sh')
     variant = curves["read_variant"](tmp_path)
     assert variant["wall_seconds"] == {"512": 153.75, "2048": 20.0}
-    first = f"python pretrain.py {runs[0]} 'data.path=[a, b]'"
-    assert variant["commands"] == {"512": first, "2048": f"python pretrain.py {runs[1]}"}
+    first = python_command("pretrain.py", runs[0], "data.path=[a, b]")
+    assert variant["commands"] == {"512": first, "2048": python_command("pretrain.py", runs[1])}
 
 
 def test_nothing_is_started_in_the_last_moments(recipe: dict[str, Any], tmp_path: Path) -> None:
@@ -459,28 +452,29 @@ def test_a_small_recipe_goes_from_data_to_grid_and_on_where_it_stopped(
         replace(phase, length=length, batch=2, micro=2, steps=2)
         for phase, length in zip(whole, (128, 256), strict=False)
     ]
-    main, root = recipe["main"], ["--root", str(tmp_path)]
+    folder = tmp_path / AWKWARD_NAME
+    main, root = recipe["main"], ["--root", str(folder)]
     # The functions' own globals, which are not the module's here.
     monkeypatch.setitem(main.__globals__, "PHASES", tuple(short))
     monkeypatch.setitem(main.__globals__, "DEPTHS", [0.0, 1.0])
     main(["data", *root])
     main(["train", "hybrid", *root, "--longest", "128", *SMALL])
-    assert not recipe["is_trained"](tmp_path, "hybrid", 1)
+    assert not recipe["is_trained"](folder, "hybrid", 1)
     main(["train", "hybrid", *root, *SMALL])
-    assert recipe["is_trained"](tmp_path, "hybrid", 1)
+    assert recipe["is_trained"](folder, "hybrid", 1)
     monkeypatch.setitem(main.__globals__, "CURVE", (64,))
     main(["curve", "hybrid", *root])
     monkeypatch.setitem(main.__globals__, "GRID", (128, 256))
     main(["evaluate", "hybrid", *root])
-    assert records == [None, *[tmp_path / "hybrid" / "programs.jsonl"] * 3]  # data, two phases, the grid
+    assert records == [None, *[folder / "hybrid" / "programs.jsonl"] * 3]  # data, two phases, the grid
     picture = runpy.run_path(str(ROOT / "launch" / "needle_curves.py"))
-    variant = picture["read_variant"](tmp_path / "hybrid")
+    variant = picture["read_variant"](folder / "hybrid")
     assert [point[:2] for point in variant["points"]] == [(2, 64), (4, 64)]
     assert variant["grid"]["lengths"] == [128, 256]
     assert variant["held_out_loss"].keys() == {"128", "256"}
     assert variant["seed"] == PretrainConfig.seed
-    picture["draw"]({"hybrid": variant}, tmp_path / "out.png")
-    assert (tmp_path / "out.png").stat().st_size > 1000
+    picture["draw"]({"hybrid": variant}, folder / "out.png")
+    assert (folder / "out.png").stat().st_size > 1000
 
 
 def test_extending_continues_the_first_phase_at_four_times_its_length_under_yarn(
@@ -496,7 +490,7 @@ def test_extending_continues_the_first_phase_at_four_times_its_length_under_yarn
     assert cfg.run_dir == str(tmp_path / "hybrid" / "2048-yarn")
     assert f"checkpoint={tmp_path / 'hybrid' / '512'}" in before
     assert f"checkpoint={cfg.run_dir}" in after
-    assert all(f"lengths={[2048, 8192]}" in command for command in (before, after))
+    assert all("lengths=[2048,8192]" in command for command in (before, after))
     unscaled = training(recipe, tmp_path, "hybrid", 1)
     assert unscaled.model.rope_scaling.kind == "none"
     assert unscaled.run_dir == str(tmp_path / "hybrid" / "2048")

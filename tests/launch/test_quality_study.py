@@ -22,7 +22,7 @@ from s2train.study.files import Folders
 from s2train.study.settings import Recipe, train_settings
 from s2train.study.variants import PHASES, RUNS, VARIANTS, Phase, Run
 from tests.probes.source_text import source
-from tests.program import run
+from tests.program import AWKWARD_NAME, run
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -415,11 +415,11 @@ def test_a_small_study_goes_from_a_tree_to_a_report(
     monkeypatch.setattr(settings, "VOCABULARY", 512)
     for module in (settings, sweep):
         monkeypatch.setattr(module, "HELD_OUT_TOKENS", 1024)
-    root = ["--root", str(tmp_path / "study")]
+    root = tmp_path / AWKWARD_NAME
 
     def act(*arguments: str) -> None:
         started.clear()
-        study["main"]([*arguments, *root])
+        study["main"]([*arguments, "--root", str(root)])
 
     def act_twice(*arguments: str, programs: list[str]) -> None:
         act(*arguments)
@@ -432,7 +432,7 @@ def test_a_small_study_goes_from_a_tree_to_a_report(
     act_twice("sweep", *SMALL, programs=["pretrain.py"] * 2)
     act_twice("speed", "hybrid", *SMALL, programs=["pretrain.py"])
     act_twice("train", "hybrid", "window", *SMALL, programs=["pretrain.py"] * 2)
-    (tmp_path / "study" / "corpus" / "train.jsonl").unlink()  # it need not be on the machine that trains and evaluates
+    (root / "corpus" / "train.jsonl").unlink()  # it need not be on the machine that trains and evaluates
     act_twice("evaluate", "hybrid", "window", "trials=5", programs=["probes.py"] * 2)
     act_twice("train", "window", "--phase", "32k", *SMALL, programs=["pretrain.py"])
     act_twice("train", "window", "--phase", "64k", *SMALL, programs=["pretrain.py"])
@@ -440,14 +440,14 @@ def test_a_small_study_goes_from_a_tree_to_a_report(
     act_twice("train", "window", "--phase", "16k-needles", *SMALL, programs=made)
     act_twice("evaluate", "window", "--phase", "16k-needles", "depths=[0.5]", "trials=2", programs=["needle.py"])
     act("report")
-    report = (tmp_path / "study" / "quality.md").read_text()
+    report = (root / "quality.md").read_text()
     assert report.count("\n| hybrid | 1 |") == 1
     assert report.count("\n| window | 1 |") == 4
     assert "key_value at 512" in report
-    assert (tmp_path / "study" / "quality.png").is_file()
-    results = json.loads((tmp_path / "study" / "results" / "window-64k-seed1.json").read_text())
+    assert (root / "quality.png").is_file()
+    results = json.loads((root / "results" / "window-64k-seed1.json").read_text())
     assert results["density"] == 1
-    probed = json.loads((tmp_path / "study" / "results" / "hybrid-16k-seed1-probes.json").read_text())
+    probed = json.loads((root / "results" / "hybrid-16k-seed1-probes.json").read_text())
     assert [row["length"] for row in probed["completion"]] == [256]
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from s2train.errors import ConfigError
 from s2train.preparation.documents import read_documents
+from s2train.preparation.inputs import files_named
 from s2train.preparation.sources import PIECE_BYTES, Source, read_pieces
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -132,3 +133,10 @@ def test_a_row_without_text_is_rejected_by_its_number(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"text": ["a", None]}), tmp_path / "a.parquet")
     with pytest.raises(ConfigError, match=r'"text" of row 1 is not a string'):
         documents(tmp_path / "a.parquet")
+
+
+def test_a_file_whose_own_name_has_a_star_is_read_alone(tmp_path: Path) -> None:
+    named, other = tmp_path / "a*.txt", tmp_path / "ab.txt"
+    for file in (named, other):
+        file.write_text("text")
+    assert files_named(str(named), "input") == [named]
