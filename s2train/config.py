@@ -128,7 +128,7 @@ class DataConfig:
     # None: train.steps × train.global_batch_size (in a new phase: its own steps only)
     num_samples: int | None = None
     warn_epochs: float = 4.0  # warn if the run passes over a dataset's training part more often (arXiv 2305.16264)
-    num_workers: int = 2
+    num_workers: int = 2  # processes of each rank that read samples; their number changes no result
 
 
 @dataclass

@@ -18,15 +18,25 @@ ALLOW_CHANGES = "checkpoint.allow_changes"
 _SECOND_WARMUP = "optim.trunk_warmup_steps"
 _SCHEDULE = "learning-rate schedule"
 
-# Settings and sections that determine where, how fast or how often something is done, but not what is trained.
-# Any other setting changes the experiment.
-KEEP_THE_EXPERIMENT = (
-    "attention_backend",
+# Settings and sections that change neither what is trained nor what is measured.
+_WITHOUT_EFFECT = (
     "checkpoint",
     "data.cache",
     "data.end_token",  # recorded in the data, which are compared
+    "data.num_workers",  # workers take turns, so that samples keep their order
+    "data.warn_epochs",
+    "model.name",
+    "plan",
+    "run_dir",
+    "tracking",
+    "train.timeout_minutes",
+)
+# Settings and sections that determine where, how fast or how often something is done, but not what is trained.
+# Any other setting changes the experiment.
+KEEP_THE_EXPERIMENT = (
+    *_WITHOUT_EFFECT,
+    "attention_backend",
     "data.num_samples",  # a resumed run keeps the checkpoint's
-    "data.num_workers",
     "data.tokenizer",  # a path; `check_data` compares tokenizers
     "data.valid_path",
     "dense_attention",
@@ -34,15 +44,11 @@ KEEP_THE_EXPERIMENT = (
     "evaluation",
     "layer_backend",
     "loss",
-    "model.name",
     "optim.decay_tokens",  # the steps that follow from it are compared; and of the other tokens below
     "optim.warmup_tokens",
     "optim.wsd_decay_tokens",
     "parallel",
-    "plan",
     "profile",
-    "run_dir",
-    "tracking",
     "train.deterministic",
     "train.exit_step",
     "train.max_skipped_steps",
@@ -51,9 +57,18 @@ KEEP_THE_EXPERIMENT = (
     "train.recompute_num_layers",
     "train.spike_factor",
     "train.steps",  # optim.decay_steps, which follows from it, is compared too
-    "train.timeout_minutes",
     "train.tokens",
 )
+
+
+def changes_results(setting: str) -> bool:
+    """Whether a setting may change a run's results: losses, times or memory."""
+    return not _is_among(setting, _WITHOUT_EFFECT)
+
+
+def _is_among(setting: str, names: Collection[str]) -> bool:
+    """Whether names list a setting or its section."""
+    return any(setting == name or setting.startswith(f"{name}.") for name in names)
 
 
 @dataclass(frozen=True)
@@ -73,7 +88,7 @@ class Change:
     @property
     def is_of_the_experiment(self) -> bool:
         """Whether it changes what is trained."""
-        return not any(self.setting == name or self.setting.startswith(f"{name}.") for name in KEEP_THE_EXPERIMENT)
+        return not _is_among(self.setting, KEEP_THE_EXPERIMENT)
 
 
 def changes_between(before: PretrainConfig, now: PretrainConfig) -> list[Change]:

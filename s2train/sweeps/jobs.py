@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from s2train.checkpoints.listing import checkpoints_of
+from s2train.checkpoints.setting_changes import changes_results
 from s2train.command_line.old_names import OLD_NAMES, rename_saved, renamed
 from s2train.comparison.runs import Summary, summarize
 from s2train.config import PretrainConfig, settings_by_name
@@ -23,8 +24,6 @@ from s2train.training.records import read_records
 RECORD, LOG = "sweep.json", "log.txt"
 RANK_LOGS = "logs"  # logs of each rank in a job on several nodes: HOST/START/attempt_N/RANK/stderr.log
 _SET_BY_SWEEP = ("run_dir", "tracking.group")  # settings that the sweep sets for each job
-# Settings that change no result. data.end_token is among them, since a run saves the one recorded in its data.
-_NO_RESULT = ("run_dir", "tracking.", "checkpoint.", "plan", "data.cache", "data.end_token")
 
 
 class Status(StrEnum):
@@ -159,7 +158,7 @@ def changed_setting(folder: Path, cfg: PretrainConfig) -> str | None:
     rename_saved(saved)
     # Through JSON, which turns tuples into lists.
     before, now = (dict(settings_by_name(node)) for node in (saved, json.loads(json.dumps(asdict(cfg)))))
-    names = [name for name in now if name in before and before[name] != now[name] and not name.startswith(_NO_RESULT)]
+    names = [name for name in now if name in before and before[name] != now[name] and changes_results(name)]
     if checkpoints := checkpoints_of(folder):
         from s2train.checkpoints.folders import read_progress  # imports tokenizers and checkpoints: slow
         from s2train.sweeps.trained_data import moved_data, replaced_data

@@ -62,6 +62,7 @@ def test_other_steps_change_the_learning_rate_schedule() -> None:
         "tracking.log_interval=3",
         "tracking.group=mine",
         "data.num_workers=7",
+        "data.warn_epochs=7",
         "data.cache=elsewhere",
         "parallel.pp=2",
         "train.micro_batch_size=2",

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from s2train.config import ModelConfig, PretrainConfig, TrainConfig
+from s2train.config import EvaluationConfig, ModelConfig, PretrainConfig, TrainConfig
 from s2train.sweeps.jobs import Job, Status, changed_setting, last_error, read_record, relabel, write_record
 from s2train.sweeps.report import report
 
@@ -58,7 +58,11 @@ def test_a_changed_setting_of_a_finished_run_is_found(tmp_path: Path) -> None:
     cfg.tracking.wandb = "offline"
     cfg.run_dir = "moved"
     cfg.data.end_token = "<|im_end|>"  # a run saves the one recorded in its data
+    cfg.data.num_workers, cfg.train.timeout_minutes = 7, 7.0
     assert changed_setting(tmp_path, cfg) is None
+    cfg.evaluation.batches = 7  # a resumed run may change it, and measures another loss
+    assert changed_setting(tmp_path, cfg) == f"evaluation.batches={EvaluationConfig.batches}"
+    cfg.evaluation.batches = EvaluationConfig.batches
     cfg.optim.lr = 0.5
     assert changed_setting(tmp_path, cfg) == "optim.lr=0.0003"
     assert changed_setting(tmp_path / "none", cfg) is None
