@@ -46,6 +46,7 @@ class Progress:
         tokenizer: fingerprint of the tokenizer of its data; None: not recorded.
         decays_gains: whether weight decay applies to the gains of kinds of attention (`Weight.is_gain`). It did in
             earlier versions, and the runs that they began keep it: their parameter groups are saved.
+        held_out: fingerprints of the datasets of `data.valid_path`; empty: it was not set; None: not recorded.
     """
 
     step: int
@@ -61,6 +62,7 @@ class Progress:
     masks: dict[str, str] = field(default_factory=dict)
     tokenizer: str | None = None
     decays_gains: bool = True
+    held_out: list[str] | None = None
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")

@@ -28,4 +28,6 @@ def planned_start(cfg: PretrainConfig) -> str:
     if (done := start.progress.step) >= cfg.train.last_step:
         lines.append(f"nothing to do: it is at step {done} of {cfg.train.steps}")
     lines += [f"changed: {change}" for change in start.changes if not change.setting.startswith("plan.")]
+    if start.held_out is not None:
+        lines.append(str(start.held_out))
     return "\n".join(f"{'' if number else 'start':<13} {line}" for number, line in enumerate(lines))

@@ -11,6 +11,7 @@ from s2train.checkpoints.architecture import (
 )
 from s2train.checkpoints.data_order import continued_order, data_order
 from s2train.checkpoints.folders import Progress, read_progress
+from s2train.checkpoints.held_out import HeldOutChange, held_out_change, held_out_contents
 from s2train.checkpoints.kind_weights import InitialWeights, initial_weights
 from s2train.checkpoints.listing import is_own
 from s2train.checkpoints.masks import check_masks, mask_digests
@@ -34,6 +35,7 @@ class Start:
         rng_ranks: `rng_ranks` of the checkpoint's progress.
         changes: settings that differ from the checkpoint's; from weights alone, those of RoPE; empty for a new run.
         initial: weights of kinds of attention that the checkpoint lacks.
+        held_out: how held-out data differ from the checkpoint's, if the run continues its order of the data.
     """
 
     checkpoint: Path | None
@@ -41,6 +43,7 @@ class Start:
     rng_ranks: list[int] | None = None
     changes: list[Change] = field(default_factory=list)
     initial: InitialWeights = field(default_factory=InitialWeights)
+    held_out: HeldOutChange | None = None
 
 
 def find_start(cfg: PretrainConfig) -> Start:
@@ -54,12 +57,13 @@ def find_start(cfg: PretrainConfig) -> Start:
             step is left.
     """
     masks, tokenizer = mask_digests(hybrid_layout(cfg)), fingerprint(cfg.data.tokenizer)
-    start = _find_start(cfg, masks, tokenizer)
-    return replace(start, progress=replace(start.progress, masks=masks, tokenizer=tokenizer))
+    held_out = held_out_contents(cfg)
+    start = _find_start(cfg, masks, tokenizer, held_out)
+    return replace(start, progress=replace(start.progress, masks=masks, tokenizer=tokenizer, held_out=held_out))
 
 
-def _find_start(cfg: PretrainConfig, masks: dict[str, str], tokenizer: str | None) -> Start:
-    """Find it; masks and tokenizer are those of the run."""
+def _find_start(cfg: PretrainConfig, masks: dict[str, str], tokenizer: str | None, held_out: list[str] | None) -> Start:
+    """Find it; masks, tokenizer and held-out data are those of the run."""
     checkpoint = choose_checkpoint(cfg)
     if checkpoint is None:
         return _new_run(cfg)
@@ -83,8 +87,11 @@ def _find_start(cfg: PretrainConfig, masks: dict[str, str], tokenizer: str | Non
     if weights_only:
         return Start(checkpoint, _step_0(cfg), changes=changes_of_rope(changes), initial=initial)
     check_state(cfg, saved, changes)
-    progress = _new_phase(cfg, saved.progress) if is_new_phase else _continued(cfg, saved, changes)
-    return Start(checkpoint, progress, saved.progress.rng_ranks, changes)
+    rng_ranks = saved.progress.rng_ranks
+    if is_new_phase:
+        return Start(checkpoint, _new_phase(cfg, saved.progress), rng_ranks, changes)
+    continued = _continued(cfg, saved, changes)
+    return Start(checkpoint, continued, rng_ranks, changes, held_out=held_out_change(cfg, saved, held_out))
 
 
 def _new_run(cfg: PretrainConfig) -> Start:

@@ -6,6 +6,7 @@ from typing import Any
 
 from s2train.checkpoints.data_order import has_contents
 from s2train.checkpoints.folders import Progress
+from s2train.checkpoints.held_out import has_same_contents, held_out_contents
 from s2train.config import PretrainConfig
 from s2train.data.tokenizers import fingerprint
 
@@ -14,7 +15,7 @@ def moved_data(progress: Progress, before: Mapping[str, Any], cfg: PretrainConfi
     """Return the settings of data that were moved with a run's folder.
 
     Each of their paths has kept its place relative to the folder. Datasets and tokenizer are also those that the last
-    checkpoint records; it records no held-out data.
+    checkpoint records; held-out data may be any if it records none.
 
     Args:
         progress: of the run's last checkpoint.
@@ -24,7 +25,7 @@ def moved_data(progress: Progress, before: Mapping[str, Any], cfg: PretrainConfi
     data = cfg.data
     same = {
         "data.path": (data.path, has_contents(progress.order, cfg, at_same_paths=False)),
-        "data.valid_path": (data.valid_path, True),
+        "data.valid_path": (data.valid_path, progress.held_out is None or _has_held_out(progress, cfg)),
         "data.tokenizer": (data.tokenizer, progress.tokenizer == fingerprint(data.tokenizer)),
     }
     return {
@@ -45,8 +46,15 @@ def replaced_data(progress: Progress, cfg: PretrainConfig) -> str | None:
     """
     if has_contents(progress.order, cfg, at_same_paths=True) is False:
         return "data.path"
+    if _has_held_out(progress, cfg) is False:
+        return "data.valid_path"
     tokenizer = fingerprint(cfg.data.tokenizer)
     return None if None in (tokenizer, progress.tokenizer) or tokenizer == progress.tokenizer else "data.tokenizer"
+
+
+def _has_held_out(progress: Progress, cfg: PretrainConfig) -> bool | None:
+    """Whether held-out data have a checkpoint's contents; None if unknown."""
+    return has_same_contents(progress.held_out, held_out_contents(cfg))
 
 
 def _are_in_place(before: Any, run_before: str, now: Any, run_now: str) -> bool:

@@ -35,7 +35,8 @@ def draw_loss_curve(metrics: Path, out: Path, baseline: float | None = None, tit
         ends.append(End(f"unigram entropy {baseline:.3f}", baseline, GREY))
     for step in curves.resumed:
         axes.axvline(step, color=GREY, linestyle=":", linewidth=1)
-        axes.text(step, 0.98, " resumed", transform=axes.get_xaxis_transform(), va="top", fontsize=8, color=GREY)
+        what = " resumed, held-out text changed" if step in curves.other_held_out else " resumed"
+        axes.text(step, 0.98, what, transform=axes.get_xaxis_transform(), va="top", fontsize=8, color=GREY)
     axes.set_xlabel("step")
     _finish(axes, [curves], ends, baseline)
     write_png(figure, out)

@@ -14,6 +14,7 @@ class Curves:
 
     Attributes:
         resumed: steps after which the run was resumed.
+        other_held_out: those of them from which on held-out losses are of other texts.
         begins_after: steps of another run, whose checkpoint this one continues; 0 if it began itself.
         batches: (steps done, tokens of each step from then on), oldest first; empty if the file doesn't record them.
     """
@@ -21,6 +22,7 @@ class Curves:
     train: dict[int, float] = field(default_factory=dict)
     held_out: dict[int, float] = field(default_factory=dict)
     resumed: list[int] = field(default_factory=list)
+    other_held_out: list[int] = field(default_factory=list)
     begins_after: int = 0
     batches: list[tuple[int, int]] = field(default_factory=list)
 
@@ -73,7 +75,8 @@ def last_evaluation(records: list[dict[str, Any]]) -> dict[str, Any] | None:
 def read_curves(metrics: Path) -> Curves:
     """Read losses, tokens per step and resumes from a metrics.jsonl.
 
-    Reads `loss` and `held_out_loss` by step, `tokens_per_step` from any record, and events named `resume`.
+    Reads `loss` and `held_out_loss` by step, `tokens_per_step` from any record, and events named `resume`, `batch size`
+    and `other held-out data`.
 
     Raises:
         ConfigError: no such file.
@@ -93,9 +96,12 @@ def read_curves(metrics: Path) -> Curves:
             if starts == 1:  # the folder's first start
                 curves.begins_after = record["step"]
             curves.resumed.append(record["step"])
+            curves.other_held_out = [one for one in curves.other_held_out if one < record["step"]]
             if size is not None:  # recorded just before the resume
                 earlier = [batch for batch in curves.batches if batch[0] < record["step"]]
                 curves.batches = [*earlier, (record["step"], size)]
+        if record.get("event") == "other held-out data":
+            curves.other_held_out.append(record["step"])
         if "event" not in record and step is not None:
             for name, losses in (("loss", curves.train), ("held_out_loss", curves.held_out)):
                 if record.get(name) is not None:

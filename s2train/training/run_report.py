@@ -1,5 +1,6 @@
 """Logs what a run starts with, and how it ended."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
@@ -42,6 +43,9 @@ def report_start(cfg: PretrainConfig, start: Start, description: str, last_sampl
     say(f"{description}\n{describe_start(cfg, start)}")
     if start.checkpoint is not None:
         tracker.changes(step, start.checkpoint, start.changes)
+    if (change := start.held_out) is not None:
+        tracker.note(str(change))
+        tracker.event("other held-out data", **asdict(change))
     if kept is not None:
         say(f"{run_dir / 'config.yaml'}: the earlier settings are kept as {kept.name}")
     epochs = training_epochs(cfg.data, last_sample, cfg.train.seq_length)

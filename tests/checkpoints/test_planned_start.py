@@ -1,13 +1,18 @@
 """A plan reports where the run would start, and a checkpoint that the run would reject."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
+from s2train.checkpoints.folders import read_progress
 from s2train.checkpoints.planned_start import planned_start
+from s2train.checkpoints.resume import find_start
+from s2train.config import PretrainConfig
 from s2train.errors import ConfigError
 from s2train.planning import compose_run
+from tests.data_fixtures import write_dataset
 from tests.program import SMALL, error_line, pretrain
 
 pytestmark = [pytest.mark.slow]
@@ -38,9 +43,13 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(run_dir: Path, *settings: str) -> str:
+def composed(run_dir: Path, *settings: str) -> PretrainConfig:
     own = [*SMALL, "train.steps=2", "optim.warmup_steps=1", f"run_dir={run_dir}"]
-    return planned_start(compose_run([*own, *settings]))
+    return compose_run([*own, *settings])
+
+
+def start(run_dir: Path, *settings: str) -> str:
+    return planned_start(composed(run_dir, *settings))
 
 
 def test_a_resumed_run_is_planned_from_its_checkpoint(run_dir: Path) -> None:
@@ -76,6 +85,36 @@ def test_another_precision_is_rejected_without_a_distributed_optimizer(run_dir: 
 def test_a_plan_without_its_data_compares_all_but_their_order(run_dir: Path) -> None:
     found = start(run_dir.parent / "other", f"checkpoint.resume={run_dir}", "data.path=gone", "train.steps=3")
     assert found.split(maxsplit=1)[1] == "the data's order is not compared with a checkpoint's: gone.idx is missing"
+
+
+def test_held_out_data_that_are_not_the_checkpoints_are_named(run_dir: Path, tmp_path: Path) -> None:
+    held_out = write_dataset(tmp_path / "held-out", "b" * 4000)
+    shutil.copytree(run_dir, tmp_path / "again")
+    checkpoint = tmp_path / "again" / "checkpoints" / "iter_0000002"
+    assert read_progress(checkpoint).held_out == []
+    # As if it had been trained with them.
+    config, progress = checkpoint / "config.yaml", checkpoint / "progress.json"
+    config.write_text(config.read_text().replace("valid_path: null", f"valid_path: {held_out}"))
+    saved = json.loads(progress.read_text())
+    saved["order"]["data.split"] = "1,0,0"
+    saved["held_out"] = find_start(composed(tmp_path / "new", f"data.valid_path={held_out}")).progress.held_out
+    progress.write_text(json.dumps(saved))
+
+    def said(valid_path: str) -> list[str]:
+        lines = start(tmp_path / "again", f"data.valid_path={valid_path}", "train.steps=3", "optim.decay_steps=2")
+        return [line.strip() for line in lines.splitlines() if "held-out losses" in line]
+
+    warning = "warning: held-out losses before and after step 2 are of different texts"
+    shutil.copytree(tmp_path, tmp_path / "moved", ignore=shutil.ignore_patterns("again"))
+    assert said(held_out) == said(f"{tmp_path}/moved/held-out") == []
+    other = write_dataset(tmp_path / "other", "c" * 4000)
+    assert said(other) == [f"{warning}: {held_out} before, {other} after"]
+    for suffix in (".bin", ".idx"):
+        shutil.copy(f"{other}{suffix}", f"{held_out}{suffix}")
+    assert said(held_out) == [f"{warning}: {held_out} before, other contents of these files after"]
+    del saved["held_out"]  # earlier versions
+    progress.write_text(json.dumps(saved))
+    assert said(held_out) == []
 
 
 @pytest.mark.parametrize("way", ["new_data", "weights_only"])

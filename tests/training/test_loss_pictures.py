@@ -64,6 +64,15 @@ def test_steps_repeated_after_a_resume_replace_the_first_ones(tmp_path: Path) ->
     assert curves.resumed == [1]
 
 
+def test_steps_from_which_held_out_text_differs_are_read_unless_a_resume_repeats_them(tmp_path: Path) -> None:
+    records: list[dict[str, Any]] = []
+    for step in (10, 20):
+        records += [{"event": "resume", "step": step}, {"event": "other held-out data", "step": step}]
+    path = tmp_path / "m.jsonl"
+    assert read_curves(write(path, records)).other_held_out == [10, 20]
+    assert read_curves(write(path, [*records, {"event": "resume", "step": 15}])).other_held_out == [10]
+
+
 def test_tokens_are_counted_by_the_batch_of_each_step(tmp_path: Path) -> None:
     records: list[dict[str, Any]] = [{"event": "config", "tokens_per_step": 64}, {"step": 12, "loss": 5.0}]
     for step, size in ((10, 32), (14, 128)):
@@ -85,7 +94,11 @@ def test_a_loss_curve_is_drawn_with_and_without_its_optional_parts(metrics: Path
     draw_loss_curve(only_train, tmp_path / "b.png")
     diverged = write(tmp_path / "n.jsonl", [{"step": 1, "loss": float("nan")}, {"step": 2, "loss": None}])
     draw_loss_curve(diverged, tmp_path / "c.png")
-    assert all(is_picture(tmp_path / f"{name}.png") for name in "abc")
+    with only_train.open("a") as file:
+        file.write(json.dumps({"event": "other held-out data", "step": 1}))
+    draw_loss_curve(only_train, tmp_path / "d.png")
+    assert all(is_picture(tmp_path / f"{name}.png") for name in "abcd")
+    assert (tmp_path / "d.png").read_bytes() != (tmp_path / "b.png").read_bytes()
 
 
 def test_a_comparison_is_drawn(metrics: Path, tmp_path: Path) -> None:

@@ -8,8 +8,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from s2train.checkpoints.folders import Progress, read_config
+from s2train.checkpoints.held_out import HeldOutChange
+from s2train.checkpoints.resume import Start
 from s2train.checkpoints.setting_changes import Change
 from s2train.training.metrics import StepMetrics, Tracker
+from s2train.training.run_report import report_start
 from s2train.training.run_settings import write_settings
 from tests.test_configs import pretrain
 
@@ -59,6 +62,19 @@ def test_changed_settings_are_printed_and_recorded(tmp_path: Path, capsys: pytes
     (event,) = [record for record in track(tmp_path, 40, *LR) if record.get("event") == "changed settings"]
     assert (event["step"], event["settings"]) == (40, {"optim.lr": [0.003, 0.001]})
     assert capsys.readouterr().out == "changed since iter_0000040: optim.lr 0.003 → 0.001\n"
+
+
+def test_other_held_out_data_are_logged_and_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = pretrain("+model=tiny_hybrid", "data=mock", f"run_dir={tmp_path}", "tracking.wandb=disabled")
+    change = HeldOutChange(40, ("a", ["1 bytes"]), ("b", ["2 bytes"]))
+    start = Start(tmp_path / "iter_0000040", Progress(40, 0, {}, None), held_out=change)
+    tracker = Tracker(cfg, start.progress, active=True)
+    report_start(cfg, start, "a run", 0, tracker)
+    tracker.close()
+    assert f"\n{change}\n" in capsys.readouterr().out
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    [event] = [record for record in records if record.get("event") == "other held-out data"]
+    assert (event["step"], event["before"], event["now"]) == (40, ["a", ["1 bytes"]], ["b", ["2 bytes"]])
 
 
 def test_a_start_from_step_1_in_an_earlier_runs_folder_is_logged(
