@@ -44,7 +44,8 @@ def summary(prefix: str, made: Metadata, lengths: npt.NDArray[np.int32], tokeniz
     split = DataConfig().split
     if not split_documents_range(split, made.documents)[1]:
         remedy = more_documents(made.documents)
-        lines.append(f"note: data.split={split} would leave the held-out part without a document. {remedy}")
+        problem = f"without data.valid_path, data.split={split} would leave the held-out part without a document"
+        lines.append(f"note: {problem}. {remedy}")
     return lines
 
 
