@@ -23,7 +23,7 @@ from s2train.megatron.shared_kv_heads import KVSharingSelfAttention
 class CoreSettings:
     """Arguments of `CausalCoreAttention` that all layers of a model share."""
 
-    num_query_groups: int
+    num_query_groups: int  # the model's; that of Megatron's config is larger where ranks share KV heads
     cache: LayoutCache
     backend: str
     seed: int
