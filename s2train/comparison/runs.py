@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 from s2train.environment.provenance import environment
-from s2train.errors import ConfigError
+from s2train.errors import ConfigError, as_typed
 from s2train.files import output_stem, write_json
 from s2train.training.records import last_evaluation, read_curves, read_records
 
@@ -36,6 +36,7 @@ class Summary:
         held_out_tokens: tokens of an evaluation; None if the folder has no settings.
         held_out_seed: that orders the held-out samples: `evaluation.seed`, or the run's if that is null; None if the
             folder has no settings.
+        held_out_data: settings that name the text of held-out losses and its tokenizer; None if the folder has none.
         times_a_start: whether times and rates are of first reports of starts.
     """
 
@@ -54,6 +55,7 @@ class Summary:
     is_evaluated: bool = False
     held_out_tokens: int | None = None
     held_out_seed: int | None = None
+    held_out_data: str | None = None
     times_a_start: bool = False
 
     @property
@@ -97,8 +99,6 @@ def summarize(run_dir: Path) -> Summary:
     steady = steady or late
     evaluation = last_evaluation(records)
 
-    held_out_tokens, held_out_seed = _settings(run_dir / "config.yaml")
-
     def median(name: str) -> float:
         return statistics.median(report[name] for report in steady)
 
@@ -115,8 +115,7 @@ def summarize(run_dir: Path) -> Summary:
         mfu=None if any("mfu" not in report for report in steady) else median("mfu"),
         peak_memory_gib=max(report["memory_gib"] for report in reports),
         is_evaluated=evaluation is not None,
-        held_out_tokens=held_out_tokens,
-        held_out_seed=held_out_seed,
+        **_held_out_settings(run_dir / "config.yaml"),
         times_a_start=times_a_start,
     )
 
@@ -133,15 +132,24 @@ def _first_reports(records: Sequence[dict[str, Any]]) -> set[int]:
     return steps
 
 
-def _settings(config: Path) -> tuple[int | None, int | None]:
-    """Read the tokens of an evaluation, and the seed of their order."""
+def _held_out_settings(config: Path) -> dict[str, Any]:
+    """Read the fields of `Summary` that say what a run's held-out losses are of."""
     if not config.is_file():
-        return None, None
+        return {}
     cfg = OmegaConf.load(config)
-    names = ("evaluation.batches", "train.global_batch_size", "train.seq_length")
-    counts = [OmegaConf.select(cfg, name) for name in names]
-    seeds = [OmegaConf.select(cfg, name) for name in ("evaluation.seed", "seed")]
-    return None if None in counts else math.prod(counts), next((seed for seed in seeds if seed is not None), None)
+
+    def values(*names: str) -> list[Any]:
+        found = (OmegaConf.select(cfg, name) for name in names)
+        return [OmegaConf.to_container(value) if OmegaConf.is_list(value) else value for value in found]
+
+    counts = values("evaluation.batches", "train.global_batch_size", "train.seq_length")
+    own = ["data.valid_path"] if values("data.valid_path") != [None] else ["data.path", "data.split"]
+    data = dict(zip(names := [*own, "data.tokenizer"], values(*names), strict=True))
+    return {
+        "held_out_tokens": None if None in counts else math.prod(counts),
+        "held_out_seed": next((seed for seed in values("evaluation.seed", "seed") if seed is not None), None),
+        "held_out_data": " ".join(f"{name}={as_typed(value)}" for name, value in data.items() if value is not None),
+    }
 
 
 def notes(summaries: Iterable[Summary]) -> str | None:
@@ -160,12 +168,19 @@ def _start_note(summaries: Sequence[Summary]) -> str | None:
 
 
 def _held_out_note(summaries: Iterable[Summary]) -> str | None:
-    """Warn of held-out losses over different tokens.
+    """Warn of held-out losses over different texts or tokens.
 
     Equal weights can differ by more than the runs do: by 0.017 nats over 2,048 and 8,192 tokens of a tiny model, and by
     0.07 over the 8,192 tokens of four seeds.
     """
     evaluated = [s for s in summaries if s.is_evaluated]
+    texts = sorted({s.held_out_data for s in evaluated if s.held_out_data is not None})
+    if len(texts) > 1:
+        several = "; ".join(texts[:2]) + ("; …" if len(texts) > 2 else "")
+        return (
+            "held-out losses are of several datasets or tokenizers, and not comparable unless these hold the same:"
+            f" {several}"
+        )
     counts = {s.held_out_tokens for s in evaluated if s.held_out_tokens is not None}
     if len(counts) > 1:
         return (

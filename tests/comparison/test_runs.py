@@ -163,3 +163,25 @@ def test_two_runs_with_the_same_name_are_rejected(tmp_path: Path) -> None:
     runs = [write(tmp_path / "run", report(10)), write(tmp_path / "other" / "run", report(10))]
     with pytest.raises(ConfigError, match="share a name"):
         compare(runs, tmp_path / "out", "")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "note"),
+    [
+        ({"path": "a", "split": [9, 1, 0]}, {"path": "a", "split": [9, 1, 0]}, ""),
+        ({"path": "a", "split": [9, 1, 0]}, {"path": "a", "split": [8, 2, 0]}, "data.split=[8,2,0]"),
+        ({"path": "a", "valid_path": "c"}, {"path": "b", "valid_path": "c"}, ""),
+        ({"path": "a", "valid_path": "c"}, {"path": "a", "valid_path": ["d", "e"]}, "data.valid_path=[d,e]"),
+        ({"valid_path": "c", "tokenizer": "t"}, {"valid_path": "c", "tokenizer": "u"}, "data.tokenizer=u"),
+    ],
+)
+def test_held_out_losses_of_different_texts_are_noted(
+    one: dict[str, Any], other: dict[str, Any], note: str, tmp_path: Path
+) -> None:
+    runs = []
+    for number, data in enumerate((one, other)):
+        runs.append(write(tmp_path / str(number), report(5), report(10, held_out_loss=4.0)))
+        (runs[-1] / "config.yaml").write_text(json.dumps({"data": data}))
+    caption = str(compare(runs, tmp_path / "out", "").caption or "")
+    assert note in caption
+    assert bool(caption) == bool(note)
