@@ -19,6 +19,7 @@ from s2train.errors import ConfigError
 from s2train.planning import hybrid_layout
 from s2train.validation.attention_kinds import require_feature, require_tensor_parallel
 from s2train.validation.division import check_tensor_parallel
+from s2train.validation.values import longest_sequence
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ class Trained:
     def check_length(self, length: int, setting: str, value: object, remedy: str = "") -> None:
         """Check that the layout covers sequences of `length` tokens.
 
-        Masks of a file cover a limited length. Rotary positions have no limit.
+        Masks of a file cover a limited length, and no layout is built beyond `longest_sequence`. Rotary positions have
+        no limit.
 
         Args:
             setting, value: what asks for that length.
@@ -102,6 +104,9 @@ class Trained:
         Raises:
             ConfigError: it does not.
         """
+        if length > (most := longest_sequence(self.config.layout.block_size)):
+            problem = f"the checkpoint's layout is built for up to {most:,} tokens"
+            raise ConfigError(setting, value, problem, f"Use shorter {setting}{remedy}")
         last = torch.tensor([-(-length // self.config.layout.block_size) - 1])
         try:
             for layer in self.hybrid().layers:

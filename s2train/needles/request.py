@@ -82,15 +82,15 @@ def read_request(cfg: NeedleConfig, world_size: int, hardware: Hardware) -> Requ
     check_whole_models(cfg.tp, world_size)
     trained.check_decoding(cfg.tp)
     tokenizer = trained.tokenizer(cfg.tokenizer)
+    longest = max(cfg.lengths or [trained.config.train.seq_length])
+    remedy = ", or extra_tokens=0" if cfg.extra_tokens else ""
+    trained.check_length(longest + cfg.extra_tokens, "lengths", longest, remedy)  # before texts of that length are made
     problems = []
     for name, task in tasks.items():
         sampler = TaskSampler(tokenizer, haystack, task)
         grid = choose_grid(cfg, trained.config.train.seq_length, sampler)
         check_fit(sampler, grid)
         problems.append(Problem(name, asdict(task), sampler, grid))  # type: ignore[call-overload]
-    longest = max(length for problem in problems for length in problem.grid.lengths)
-    remedy = ", or extra_tokens=0" if cfg.extra_tokens else ""
-    trained.check_length(longest + cfg.extra_tokens, "lengths", longest, remedy)
     folder = output_folder(cfg)
     check_writable("output", folder if cfg.output is None else cfg.output)  # cfg.output as given, since Path("") is "."
     haystack_fingerprint = hashlib.sha256(haystack.encode()).hexdigest()[:16]

@@ -139,13 +139,18 @@ def _check_ranges(cfg: PretrainConfig) -> None:
     check_sequence("train.seq_length", cfg.train.seq_length, cfg.layout.block_size)
 
 
+def longest_sequence(block_size: int) -> int:
+    """Return the most tokens for which a layout of such blocks is built."""
+    return _MOST_BLOCKS * block_size
+
+
 def check_sequence(setting: str, tokens: int, block_size: int) -> None:
     """Check that a sequence is short enough for a layout.
 
     Raises:
         ConfigError: on `setting`, if it is.
     """
-    if block_size > 0 and tokens > (most := _MOST_BLOCKS * block_size):  # `check_values` rejects another block size
+    if block_size > 0 and tokens > (most := longest_sequence(block_size)):  # `check_values` rejects another block size
         problem = f"is more than {_MOST_BLOCKS:,} blocks of layout.block_size={block_size}"
         raise ConfigError(setting, tokens, problem, f"Set {most} or less, or a larger layout.block_size.")
 

@@ -31,6 +31,7 @@ def read(checkpoint: Path, prompt: Any = "Alice", world_size: int = 1, **setting
     ("setting", "value"),
     [
         ("max_tokens", 0),
+        ("max_tokens", 10**9),  # more blocks than a layout is built for
         ("batch_size", 0),
         ("prefill_chunk", 0),
         ("temperature", -0.1),
