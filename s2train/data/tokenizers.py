@@ -15,6 +15,7 @@ from s2train.errors import ConfigError
 # Default end tokens: without a setting, the first of these that a tokenizer has.
 END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "</s>", "<eod>", "<|end_of_text|>", "<eos>")
 SMALLEST_BPE = 257  # ids: one for each byte, and the end of document
+LARGEST_BPE = 1 << 20  # its trainer reserves memory for all ids, and aborts the process if there is too little
 
 
 Offsets = list[tuple[int, int]]  # first character of each token in a text, and one past its last

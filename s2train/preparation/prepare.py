@@ -21,7 +21,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from s2train.command_line.commands import shell_setting
 from s2train.data.bundled import count_ids, unigram_entropy
 from s2train.data.indexed import Metadata, read_document_lengths, read_metadata
-from s2train.data.tokenizers import SMALLEST_BPE, load_tokenizer, train_bpe
+from s2train.data.tokenizers import LARGEST_BPE, SMALLEST_BPE, load_tokenizer, train_bpe
 from s2train.environment.cores import available_cores
 from s2train.errors import ConfigError, TrainingError
 from s2train.files import check_writable, replacing
@@ -347,10 +347,9 @@ def _key(cfg: PrepareConfig, sources: list[Source]) -> str:
 
 def _bpe_size(tokenizer: str) -> int:
     size = tokenizer.removeprefix("bpe:")
-    if not size.isdecimal() or int(size) < SMALLEST_BPE:
-        raise ConfigError(
-            "tokenizer", tokenizer, f"its size is not a number of {SMALLEST_BPE} or more", "Set e.g. bpe:4096"
-        )
+    if not size.isdecimal() or not SMALLEST_BPE <= int(size) <= LARGEST_BPE:
+        problem = f"its size is not a number from {SMALLEST_BPE} to {LARGEST_BPE:,}"
+        raise ConfigError("tokenizer", tokenizer, problem, "Set e.g. bpe:4096")
     return int(size)
 
 

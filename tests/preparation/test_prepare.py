@@ -193,6 +193,7 @@ def test_a_failed_run_leaves_the_old_output_and_nothing_incomplete(tmp_path: Pat
         ({"input": 3}, "input=3"),
         ({"tokenizer": "bpe:many"}, "tokenizer=bpe:many"),
         ({"tokenizer": "bpe:100"}, "tokenizer=bpe:100"),
+        ({"tokenizer": "bpe:1000000000"}, "tokenizer=bpe:1000000000"),
         ({"tokenizer": "none.json"}, r"^tokenizer=none\.json"),
         ({"document_chars": 0}, "document_chars=0"),
         ({"input": "rows.jsonl", "document_chars": 5}, "document_chars=5: cuts text files, and input names none"),
