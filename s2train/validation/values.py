@@ -72,7 +72,13 @@ _NOT_NEGATIVE: dict[str, tuple[str, ...]] = {
     "evaluation": ("interval",),
 }
 # Each layer, head and block is an object or an entry of a table in plans and layouts: a slip of ten digits takes hours.
-_MOST = {"model.num_layers": 4096, "model.num_attention_heads": 4096}
+_OF_LAYOUTS = "is larger than any layout that s2train builds"
+_MOST: dict[str, tuple[int, str]] = {
+    "model.num_layers": (4096, _OF_LAYOUTS),
+    "model.num_attention_heads": (4096, _OF_LAYOUTS),
+    "data.num_workers": (1024, "is more processes than a machine starts for each rank"),
+    "train.timeout_minutes": (525_600, "is more than a year"),  # and no number that clocks overflow by
+}
 _MOST_BLOCKS = 1 << 17
 _LARGEST_SEED = 2**32 - 1  # NumPy's, which Megatron shuffles with
 _LONGEST_TAG = 64  # wandb's limit
@@ -133,9 +139,9 @@ def _check_ranges(cfg: PretrainConfig) -> None:
         value = _get(cfg, setting)
         if value is not None and value < 0:
             raise ConfigError(setting, value, "must not be negative", f"Set {setting} to 0 or more.")
-    for setting, most in _MOST.items():
+    for setting, (most, problem) in _MOST.items():
         if (value := _get(cfg, setting)) > most:
-            raise ConfigError(setting, value, "is larger than any layout that s2train builds", f"Set {most:,} or less.")
+            raise ConfigError(setting, value, problem, f"Set {most:,} or less.")
     check_sequence("train.seq_length", cfg.train.seq_length, cfg.layout.block_size)
 
 

@@ -181,6 +181,7 @@ VALUES: dict[str, tuple[Any, str]] = {
     "train__max_skipped_steps": (-1, "train.max_skipped_steps to 0 or more"),
     "train__spike_factor": (0.0, "train.spike_factor to a positive"),
     "train__timeout_minutes": (0.0, "train.timeout_minutes to a positive"),
+    "data__num_workers": (1_000_000, "1,024 or less"),
     "checkpoint__keep_every": (1000, "checkpoint.keep too"),
     "train__precision": ("fp61", "train.precision=fp"),
     "train__recompute": ("selectiv", "train.recompute=selective"),
@@ -245,6 +246,11 @@ def test_a_size_for_which_a_layout_would_take_hours_is_rejected(name: str, remed
     error = rejection(GPU, **{name: 1234567890})
     assert error.setting == name.replace("__", ".")
     assert remedy in error.remedy
+
+
+def test_a_timeout_that_clocks_overflow_by_is_rejected() -> None:
+    with pytest.raises(ConfigError, match=r"train\.timeout_minutes=1e\+30: is more than a year\. Set 525,600 or less"):
+        check(config(train__timeout_minutes=1e30), 1, GPU)
 
 
 def test_a_stop_after_the_end_of_the_run_is_rejected() -> None:
