@@ -1,5 +1,6 @@
 """Reads the shape of a Llama or Qwen3; checks its weights."""
 
+from math import isfinite
 from typing import Any
 
 from s2train.checkpoints.hugging_face.folder import WeightsFolder
@@ -10,7 +11,9 @@ from s2train.errors import ConfigError, as_typed
 
 EXPORT = "S2ForCausalLM"  # of launch/export.py
 _QWEN3 = "Qwen3ForCausalLM"  # a Llama with `model.qk_norm`
-_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", _QWEN3, EXPORT)
+_MISTRAL = "MistralForCausalLM"
+_MISTRALS_WINDOW = 4096  # of transformers, where config.json has none
+_ARCHITECTURES = ("LlamaForCausalLM", _MISTRAL, _QWEN3, EXPORT)
 # Settings that would change the computation: config.json's name, and the value required if present.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
@@ -24,8 +27,10 @@ _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("num_hidden_layers", "hidden_size", "intermediate_size"), (int,)),
     **dict.fromkeys(("num_attention_heads", "vocab_size"), (int,)),
     **dict.fromkeys(("num_key_value_heads", "head_dim"), (int, type(None))),
+    "max_position_embeddings": (int,),
     **dict.fromkeys(("rms_norm_eps", "initializer_range", "rope_theta"), (int, float)),
     "partial_rotary_factor": (int, float, type(None)),
+    "tie_word_embeddings": (bool,),
 }
 
 
@@ -38,24 +43,29 @@ def llama_model(folder: WeightsFolder) -> ModelConfig:
     """
     config, remedy = folder.config, "Only models without it can be imported"
     names = config.get("architectures") or ["none"]
+    if not isinstance(names, list):
+        raise ConfigError("weights", folder.path, f"config.json has architectures={as_typed(names)}, not a list", remedy)
     if names[0] not in _ARCHITECTURES:
         raise ConfigError("weights", folder.path, f"its architecture is {names[0]}", f"{_list()} can be imported")
     rope = rope_section(config, "rope_parameters", folder.path)  # transformers 5 has theta and scaling here
     if names[0] == _QWEN3 and not config.get("use_sliding_window"):
         config = config | {"sliding_window": None}  # without effect, as in transformers
+    if names[0] == _MISTRAL and "sliding_window" not in config:
+        problem = f"config.json has no sliding_window, which transformers takes as {_MISTRALS_WINDOW}"
+        raise ConfigError("weights", folder.path, problem, "Add sliding_window (null if the model has none)")
     for name, values in _PLAIN.items():
         if name in config and config[name] not in values:
             raise ConfigError("weights", folder.path, f"config.json has {name}={as_typed(config[name])}", remedy)
     for name, types in _TYPES.items():
         if name in config and type(config[name]) not in types:
-            problem = f"config.json has {name}={as_typed(config[name])}, not a number of its type"
+            problem = f"config.json has {name}={as_typed(config[name])}, not a value of its type"
             raise ConfigError("weights", folder.path, problem, "Fix config.json")
     percent = config.get("partial_rotary_factor", rope.get("partial_rotary_factor")) or 1.0
     if percent != 1 and names[0] != EXPORT:
         raise ConfigError("weights", folder.path, f"config.json has partial_rotary_factor={percent}", remedy)
-    theta = float(config.get("rope_theta", rope.get("rope_theta", 10_000)))
-    if theta != int(theta):
-        raise ConfigError("weights", folder.path, f"rope_theta={theta} is not an integer", remedy)
+    theta = config.get("rope_theta", rope.get("rope_theta", 10_000))
+    if type(theta) not in (int, float) or not isfinite(theta) or theta != int(theta):
+        raise ConfigError("weights", folder.path, f"rope_theta={as_typed(theta)} is not an integer", remedy)
     try:
         heads = config["num_attention_heads"]
         model = ModelConfig(
