@@ -1,5 +1,7 @@
 """Checks a run's data from files, before using a device."""
 
+import os
+
 import numpy as np
 import numpy.typing as npt
 from megatron.core.datasets.gpt_dataset import MockGPTLowLevelDataset
@@ -8,6 +10,7 @@ from s2train.batch_sizes import samples_of
 from s2train.command_line.commands import shell_setting
 from s2train.config import PretrainConfig
 from s2train.data.blend import dataset_prefixes, parse_blend
+from s2train.data.contents import contents_of
 from s2train.data.epochs import training_epochs
 from s2train.data.indexed import Metadata, read_document_lengths, read_ends, read_metadata
 from s2train.data.parts import check_parts
@@ -42,13 +45,14 @@ def num_train_samples(cfg: PretrainConfig, first_step: int = 0) -> int:
 def check_data(cfg: PretrainConfig, tokenizer: Tokenizer) -> None:
     """Reject data that the run can't use.
 
-    Reads .idx and .json files, and some tokens of data without a .json.
+    Reads .idx and .json files, and some tokens of data without a .json and of held-out data as large as training data.
 
     Raises:
         ConfigError: a file is missing, empty or truncated; the tokenizer or the end token is not the one that made the
-            data; the tokenizer is larger than the model's vocabulary; the order of samples is far too long; no .json
-            names the tokenizer, and the first or the last million tokens hold an id outside the vocabulary; a part of
-            the split is too short for one sequence; or the cache can't be written.
+            data; the tokenizer is larger than the model's vocabulary; the order of samples is far too long; held-out
+            data are a copy of training data; no .json names the tokenizer, and the first or the last million tokens
+            hold an id outside the vocabulary; a part of the split is too short for one sequence; or the cache can't be
+            written.
     """
     if tokenizer.vocab_size > cfg.model.vocab_size:
         problem = f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size:,} ids"
@@ -56,6 +60,7 @@ def check_data(cfg: PretrainConfig, tokenizer: Tokenizer) -> None:
         raise ConfigError("model.vocab_size", cfg.model.vocab_size, problem, remedy)
     check_parts(cfg)
     prefixes = _check_lengths(cfg, tokenizer)
+    _check_copies(cfg)
     _check_epochs(cfg)
     for prefix in prefixes:
         metadata = read_metadata(prefix)
@@ -90,6 +95,23 @@ def _check_lengths(cfg: PretrainConfig, tokenizer: Tokenizer) -> list[str]:
                 raise
             raise ConfigError("data.valid_path", prefix, error.problem, error.remedy) from error
     return [*prefixes, *held_out]
+
+
+def _check_copies(cfg: PretrainConfig) -> None:
+    """Reject held-out data that are a copy of training data.
+
+    Training data are often copied to a faster disk.
+    """
+    if cfg.data.valid_path is None:
+        return
+    trained_on = dataset_prefixes(cfg.data.path)
+    for prefix in dataset_prefixes(cfg.data.valid_path):
+        size = os.path.getsize(f"{prefix}.bin")  # most differ in it, which saves reading them
+        alike = [other for other in trained_on if os.path.getsize(f"{other}.bin") == size]
+        if copied := [other for other in alike if contents_of(other) == contents_of(prefix)]:
+            problem = f"{prefix} holds the same documents as {copied[0]}, which the run trains on"
+            remedy = "Set data.valid_path to other data, or null to hold out by data.split"
+            raise ConfigError("data.valid_path", cfg.data.valid_path, problem, remedy)
 
 
 def _check_metadata(

@@ -1,3 +1,4 @@
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,14 @@ def test_evaluating_on_training_data_is_rejected(run: PretrainConfig, spelling: 
         (tmp_path / f"link{suffix}").symlink_to(tmp_path / f"a{suffix}")
     run.data.valid_path = str(tmp_path / spelling.format("a"))
     with pytest.raises(ConfigError, match="trains on"):
+        check_data(run, ByteTokenizer())
+
+
+def test_evaluating_on_a_copy_of_training_data_is_rejected(run: PretrainConfig, tmp_path: Path) -> None:
+    for suffix in (".bin", ".idx", ".json"):
+        shutil.copyfile(tmp_path / f"a{suffix}", tmp_path / f"copy{suffix}")
+    run.data.valid_path = [str(tmp_path / "copy")]
+    with pytest.raises(ConfigError, match=r"^data.valid_path=.*/copy holds the same documents as .*/a, which the run"):
         check_data(run, ByteTokenizer())
 
 
