@@ -146,7 +146,7 @@ def _check_ranges(cfg: PretrainConfig) -> None:
 
 
 def longest_sequence(block_size: int) -> int:
-    """Return the most tokens for which a layout of such blocks is built."""
+    """Return the most tokens that a layout of such blocks covers."""
     return _MOST_BLOCKS * block_size
 
 
