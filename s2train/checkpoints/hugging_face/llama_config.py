@@ -44,7 +44,9 @@ def llama_model(folder: WeightsFolder) -> ModelConfig:
     config, remedy = folder.config, "Only models without it can be imported"
     names = config.get("architectures") or ["none"]
     if not isinstance(names, list):
-        raise ConfigError("weights", folder.path, f"config.json has architectures={as_typed(names)}, not a list", remedy)
+        raise ConfigError(
+            "weights", folder.path, f"config.json has architectures={as_typed(names)}, not a list", remedy
+        )
     if names[0] not in _ARCHITECTURES:
         raise ConfigError("weights", folder.path, f"its architecture is {names[0]}", f"{_list()} can be imported")
     rope = rope_section(config, "rope_parameters", folder.path)  # transformers 5 has theta and scaling here
