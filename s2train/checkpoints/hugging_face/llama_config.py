@@ -68,6 +68,9 @@ def llama_model(folder: WeightsFolder) -> ModelConfig:
     theta = config.get("rope_theta", rope.get("rope_theta", 10_000))
     if type(theta) not in (int, float) or not isfinite(theta) or theta != int(theta):
         raise ConfigError("weights", folder.path, f"rope_theta={as_typed(theta)} is not an integer", remedy)
+    if rope.get("rope_theta", theta) != theta:  # transformers 4 takes the one, 5 the other
+        problem = f"config.json has rope_theta={as_typed(theta)} and rope_parameters.rope_theta={rope['rope_theta']}"
+        raise ConfigError("weights", folder.path, problem, "Remove the one that the model wasn't trained with")
     try:
         heads = config["num_attention_heads"]
         model = ModelConfig(

@@ -252,6 +252,7 @@ def test_a_hybrid_run_starts_from_an_imported_llama(tmp_path: Path, processes: i
         ({"hidden_size": 72}, ["config.json says"]),
         ({"rope_theta": 0.5}, ["rope_theta=0.5"]),
         ({"rope_theta": float("nan")}, ["rope_theta=nan"]),
+        ({"rope_parameters": {"rope_theta": 1e6}}, ["rope_theta=5000.0 and rope_parameters.rope_theta=1000000.0"]),
         ({"max_position_embeddings": None}, ["max_position_embeddings=null, not a value of its type"]),
         ({"tie_word_embeddings": "false"}, ["tie_word_embeddings=false, not"]),
         ({"architectures": {"0": "LlamaForCausalLM"}}, ["architectures={0:LlamaForCausalLM}, not a list"]),
