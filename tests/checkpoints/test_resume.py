@@ -9,10 +9,10 @@ from megatron.core import dist_checkpointing
 
 from s2train.checkpoints.folders import read_config, read_progress, remedy_for_damage
 from s2train.checkpoints.integrity import damage
-from s2train.data.blend import BUNDLED_PREFIX
 from s2train.files import FolderLock
 from s2train.training.records import read_curves
-from tests.program import ROOT, UNSAVED, Outcome, error_line, metrics, pretrain
+from tests.data_fixtures import write_dataset
+from tests.program import UNSAVED, Outcome, error_line, metrics, pretrain
 
 pytestmark = [pytest.mark.slow]
 
@@ -185,8 +185,7 @@ def test_what_does_not_fit_the_checkpoint_is_rejected_and_nothing_overwritten(
 
 
 def test_a_resumed_run_does_not_train_on_documents_that_were_held_out(stopped: Path, tmp_path: Path) -> None:
-    for suffix in (".bin", ".idx", ".json"):
-        shutil.copy(ROOT / f"{BUNDLED_PREFIX}{suffix}", tmp_path / f"other{suffix}")
+    write_dataset(tmp_path / "other", "other text " * 100)
     resumed = pretrain(stopped, STEPS, f"data.valid_path={tmp_path / 'other'}", processes=0)
     assert_rejected(resumed, f"data.valid_path={tmp_path / 'other'}", "was trained with data.valid_path=null")
 
