@@ -33,10 +33,12 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import PContext, SignalException
 from torch.distributed.elastic.multiprocessing import api as processes
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import api as rendezvous
 from torch.distributed.launcher.api import LaunchConfig
 from torch.distributed.run import config_from_args, parse_args, parse_min_max_nnodes
 from torch.distributed.run import main as torchrun
 
+from s2train.distributed.ports import hold_port, port_of
 from s2train.distributed.torchrun_logs import without_log_folders
 from s2train.errors import INTERRUPTED_STATUS, STATUS_FILE, USAGE_STATUS
 
@@ -64,8 +66,8 @@ def main() -> int:
     if parse_min_max_nnodes(parse_args(arguments).nnodes)[1] > 1:
         # torchrun's own store outlives its ranks: restarted ranks could find the addresses of the dead ones there, and
         # a node that rejoins would never learn its address (torch 2.13). So rank 0 creates a store in each round.
-        # One node keeps torchrun's: another program could take the port that rank 0 listens on only after its imports.
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+        hold_port_of_each_round()
     with (
         without_log_folders(parse_args(arguments)) as logs,
         tempfile.TemporaryDirectory(prefix="s2train_", ignore_cleanup_errors=True) as folder,
@@ -175,6 +177,20 @@ def hold_signals_while_ranks_start() -> None:
 
     processes._terminate_process_handler = hold
     LocalElasticAgent._start_workers = start_whole  # type: ignore[method-assign]
+
+
+def hold_port_of_each_round() -> None:
+    """Hold the port of a round's store until rank 0 listens there.
+
+    torch chooses it and closes it at once: another program could take it while rank 0 imports.
+    """
+    held = list[socket.socket]()
+
+    def get_held_port() -> int:
+        held[:] = [hold_port()]  # frees the last round's
+        return port_of(held[0])
+
+    rendezvous.get_free_port = get_held_port
 
 
 def kill_ranks(number: int, frame: FrameType | None) -> None:

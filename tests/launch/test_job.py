@@ -89,6 +89,25 @@ def test_no_other_program_can_take_the_port_of_a_job_on_one_node(tmp_path: Path)
     assert job(str(tmp_path / "meets.py")).status == 0
 
 
+# Sees whether another program could take the port.
+TAKES = """
+import errno, os, socket
+try:
+    socket.socket().bind(("", int(os.environ["MASTER_PORT"])))
+except OSError as error:
+    assert error.errno == errno.EADDRINUSE
+else:
+    raise AssertionError("the port was free")
+"""
+
+
+def test_no_other_program_can_take_the_port_of_a_job_on_several_nodes_before_rank_0_does(tmp_path: Path) -> None:
+    (tmp_path / "takes.py").write_text(TAKES)
+    several = ["--nnodes", "1:2", "--rdzv-conf", "last_call_timeout=1"]
+    done = launch("job.py", "--standalone", *several, "--nproc-per-node", "2", str(tmp_path / "takes.py"))
+    assert done.status == 0, done.err
+
+
 def test_a_run_that_diverges_ends_once(tmp_path: Path) -> None:
     settings = [*SMALL, f"run_dir={tmp_path}", "train.steps=6", "train.max_skipped_steps=0"]
     done = job("tests/training/planted.py", *settings, S2TRAIN_TEST_FAULT="nan:1:2")
@@ -155,7 +174,7 @@ def test_a_save_may_take_longer_than_half_a_minute(tmp_path: Path) -> None:
     (tmp_path / "saves.py").write_text(SAVES)
     command = [sys.executable, "launch/job.py", "--standalone", "--nproc-per-node", "1", str(tmp_path / "saves.py")]
     running = subprocess.Popen([*command, str(tmp_path)], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    wait_for((tmp_path / "started").exists, "the rank to start", seconds=400)
+    wait_for((tmp_path / "started").exists, "the rank to start")
     running.terminate()
     running.wait(120)
     assert (tmp_path / "saved").exists()
@@ -184,7 +203,7 @@ def test_a_second_ctrl_c_ends_the_ranks_at_once(tmp_path: Path) -> None:
         text=True,
         start_new_session=True,
     ) as running:
-        wait_for((tmp_path / "started").exists, "the rank to start", seconds=400)
+        wait_for((tmp_path / "started").exists, "the rank to start")
         os.killpg(running.pid, signal.SIGINT)
         wait_for((tmp_path / "saves").exists, "the rank to hear of it")
         os.killpg(running.pid, signal.SIGINT)
