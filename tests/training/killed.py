@@ -15,23 +15,28 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.forked import free_port
+from s2train.distributed.ports import hold_port, port_of
 
 PROGRAM = str(Path(__file__).parents[2] / "launch" / "pretrain.py")
 RANKS = 2
 
 
 def plant(draw: random.Random) -> None:
-    """Kill this process at a random moment of one of the first steps or the save after it."""
+    """Kill this process at a random moment of one of the first steps or the save after it: of the fifth at the latest.
+
+    The delay is a guess by the step before, which a busy machine may have delayed.
+    """
     from s2train.training import loop
 
-    run_step, armed, calls = loop.run_step, draw.randrange(2, 6), [time.monotonic()]
+    run_step, armed, calls = loop.run_step, draw.randrange(2, 5), [time.monotonic()]
 
     def planted(*args: Any, **kwargs: Any) -> float:
         calls.append(time.monotonic())
         if len(calls) - 1 == armed:
             delay = draw.uniform(0, 1.5) * (calls[-1] - calls[-2])
             threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        elif len(calls) - 1 == armed + 2:
+            os.kill(os.getpid(), signal.SIGKILL)
         return run_step(*args, **kwargs)
 
     loop.run_step = planted
@@ -40,29 +45,32 @@ def plant(draw: random.Random) -> None:
 def attempt(draw: random.Random, settings: list[str], *, is_killed: bool) -> int:
     """Run one job and return its status.
 
-    If `is_killed`, one rank is killed. When a rank fails, the others are killed, as torchrun does.
+    If `is_killed`, one rank is killed, whose status counts. When a rank fails, the others are killed, as torchrun does.
     """
-    port, victim, ranks = free_port(), draw.randrange(RANKS), []
-    for rank in range(RANKS):
-        if (child := os.fork()) == 0:
-            os.setpgid(0, 0)
-            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_RANK": str(rank)}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(RANKS)}
-            if is_killed and rank == victim:
-                plant(draw)
-            sys.argv = [PROGRAM, *settings]
-            runpy.run_path(PROGRAM, run_name="__main__")
-            sys.stdout.flush()
-            os._exit(0)
-        ranks.append(child)
-    status = 0
-    while ranks:
-        child, ended = os.wait()
-        ranks.remove(child)
-        if ended and not status:
-            status = ended
-            for other in ranks:
-                os.kill(other, signal.SIGKILL)
+    victim, ranks = draw.randrange(RANKS), list[int]()
+    with hold_port() as held:
+        for rank in range(RANKS):
+            if (child := os.fork()) == 0:
+                os.setpgid(0, 0)
+                os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_RANK": str(rank)}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port_of(held))}
+                os.environ["LOCAL_WORLD_SIZE"] = str(RANKS)
+                if is_killed and rank == victim:
+                    plant(draw)
+                sys.argv = [PROGRAM, *settings]
+                runpy.run_path(PROGRAM, run_name="__main__")
+                sys.stdout.flush()
+                os._exit(0)
+            ranks.append(child)
+        status = 0
+        while ranks:
+            # not whichever has ended: a rank that misses the victim may be found first
+            child, ended = os.waitpid(ranks[victim] if is_killed and len(ranks) == RANKS else -1, 0)
+            ranks.remove(child)
+            if ended and not status:
+                status = ended
+                for other in ranks:
+                    os.kill(other, signal.SIGKILL)
     return status
 
 
