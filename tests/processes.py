@@ -4,10 +4,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+_SECONDS = 400  # longer than anything takes on a busy machine: only a test that fails waits for so long
 
-def wait_for(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
-    """Ask until it is so; fail if it isn't in time."""
-    until = time.monotonic() + seconds
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    """Ask until it is so; fail if it never is."""
+    until = time.monotonic() + _SECONDS
     while not condition():
         assert time.monotonic() < until, f"waited for {what}"
         time.sleep(0.02)

@@ -21,11 +21,13 @@ from tests.program import ROOT, SMALL, Outcome, error_line, metrics, run
 
 pytestmark = pytest.mark.xdist_group("sweeps")
 QUICK = [*SMALL, "train.steps=3"]
-AS_PRETRAIN = """
+# A sweep whose jobs wait for a signal before their sixth step.
+WAITING = """
 import os, runpy, sys
 with open({process!r}, "w") as file:
     file.write(str(os.getpid()))
-sys.argv[0], sys.path[0] = {program!r}, os.path.dirname({program!r})
+os.environ["S2TRAIN_TEST_FAULT"] = "waits:0:6"
+sys.argv[0], sys.path[0] = {job!r}, os.path.dirname({program!r})
 runpy.run_path({program!r}, run_name="__main__")
 """
 
@@ -63,7 +65,8 @@ def test_a_failing_job_stops_no_other_and_the_same_sweep_again_runs_only_that(tm
 def test_an_interrupted_sweep_stops_its_ranks_and_resumes_from_their_checkpoint(tmp_path: Path) -> None:
     folder, pretrain = tmp_path / "mine", str(ROOT / "launch" / "pretrain.py")
     settings = [*SMALL, "train.steps=20", "checkpoint.interval=4", "seed=5", f"hydra.sweep.dir={folder}"]
-    (tmp_path / "program.py").write_text(AS_PRETRAIN.format(program=pretrain, process=str(tmp_path / "process")))
+    own = {"job": str(ROOT / "tests" / "training" / "planted.py"), "process": str(tmp_path / "process")}
+    (tmp_path / "program.py").write_text(WAITING.format(program=pretrain, **own))
     command = [str(forking_python(tmp_path)), str(tmp_path / "program.py"), "-m", *settings]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -72,7 +75,7 @@ def test_an_interrupted_sweep_stops_its_ranks_and_resumes_from_their_checkpoint(
         assert process.poll() is None, process.communicate()
         return any(folder.glob("*/checkpoints/iter_*"))
 
-    wait_for(has_saved, "a checkpoint", seconds=240)
+    wait_for(has_saved, "a checkpoint")
     family = psutil.Process(int((tmp_path / "process").read_text())).children(recursive=True)
     assert len(family) > 1  # a launcher and its rank
     process.send_signal(signal.SIGTERM)

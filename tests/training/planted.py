@@ -38,14 +38,39 @@ def at_step(step: int, fault: Callable[[], None]) -> None:
     loop.run_step = planted
 
 
-def die(step: int) -> None:
-    """Die at `step`, which the other ranks reach a second later.
+def note_signals() -> list[int]:
+    """The signals to stop that come from now on."""
+    from s2train.training.signals import StopSignals
 
-    The launcher looks ten times a second, and names the first of those that have ended by then: a rank that misses its
-    peer ends at once.
+    came, remember = list[int](), StopSignals._remember
+
+    def noting(self: StopSignals, number: int, frame: Any) -> None:
+        came.append(number)
+        remember(self, number, frame)
+
+    StopSignals._remember = noting  # type: ignore[method-assign]
+    return came
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    while not condition():
+        time.sleep(0.05)
+
+
+def die(step: int) -> None:
+    """Die at `step`, which the other ranks take when the launcher has seen it and sends them SIGTERM.
+
+    The launcher names the first of those that have ended when it looks: a rank that misses its peer ends at once.
     """
-    here = is_planted_here()
-    at_step(step, lambda: os.kill(os.getpid(), signal.SIGKILL) if here else time.sleep(1.0))
+    came, here = note_signals(), is_planted_here()
+    at_step(step, lambda: os.kill(os.getpid(), signal.SIGKILL) if here else wait_until(lambda: came))
+
+
+def waits(step: int) -> None:
+    """Wait before `step` for a signal to stop, or until the run's folder has a file `go`."""
+    (folder,) = [Path(word.removeprefix("run_dir=")) for word in sys.argv if word.startswith("run_dir=")]
+    came = note_signals()
+    at_step(step, lambda: wait_until(lambda: came or (folder / "go").exists()))
 
 
 def hang(step: int) -> None:
