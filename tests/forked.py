@@ -13,7 +13,6 @@ import functools
 import gc
 import json
 import os
-import secrets
 import select
 import shlex
 import signal
@@ -32,6 +31,7 @@ from typing import Any, NoReturn
 import psutil
 from filelock import FileLock
 
+from s2train.distributed.ports import hold_port, port_of
 from tests.forked_children import fork_python_programs, run_program
 from tests.quick_hydra import quicken
 
@@ -68,7 +68,7 @@ def run_job(job: Job) -> int:
     """Run a job in a fork of the server; its status as that of a process or, for ranks, of torchrun."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(_server(tuple(name for name in _READ_AT_IMPORT if job.environment.get(name) == "1")))
-        connection.sendall(json.dumps(asdict(job) | {"port": free_port()}).encode() + b"\n")
+        connection.sendall(json.dumps(asdict(job)).encode() + b"\n")
         answer = connection.makefile().readline()
     assert answer, "the server of tests/forked.py ended"
     status = json.loads(answer)
@@ -222,8 +222,7 @@ def _answer(connection: socket.socket) -> NoReturn:
         if streams:
             _stand_for(connection, streams, **request)
         else:
-            port = request.pop("port")
-            connection.sendall(json.dumps(_run(Job(**request), port)).encode() + b"\n")
+            connection.sendall(json.dumps(_run(Job(**request))).encode() + b"\n")
     finally:
         os._exit(0)
 
@@ -249,7 +248,12 @@ def _stand_for(
     connection.sendall(b"%d\n" % os.waitstatus_to_exitcode(found[1]))
 
 
-def _run(job: Job, port: int) -> int | None:
+def _run(job: Job) -> int | None:
+    with hold_port() as held:
+        return _run_ranks(job, port_of(held))
+
+
+def _run_ranks(job: Job, port: int) -> int | None:
     until = time.monotonic() + job.timeout
     running: dict[int, int] = {}
     for rank in range(max(1, job.processes)):
@@ -298,22 +302,6 @@ def _enter(environment: dict[str, str], cwd: str, streams: Sequence[int]) -> Non
     for number, descriptor in enumerate(streams):
         os.dup2(descriptor, number)
     fork_python_programs()
-
-
-def free_port() -> int:
-    """A port below those that systems give to outgoing connections, which could take it in the meantime.
-
-    Each worker of pytest-xdist has separate ports: it takes seconds until a program listens, and another worker would
-    find the same port free.
-    """
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % workers
-    each = 12_000 // workers
-    while True:
-        port = 20_000 + each * number + secrets.randbelow(each)
-        with socket.socket() as tried, contextlib.suppress(OSError):
-            tried.bind(("127.0.0.1", port))
-            return port
 
 
 if __name__ == "__main__":

