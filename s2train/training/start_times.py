@@ -25,13 +25,14 @@ class StartTimes:
         self._last = time.monotonic() if began is None else began
         ran = time.monotonic() - self._last
         self.seconds: dict[str, float] = {}
-        age = _process_age("self")
-        if age is not None:
+        started = _started("self")
+        if started is not None:
+            age = time.clock_gettime(time.CLOCK_BOOTTIME) - started
             # A restarted rank is much younger than its launcher, so the launcher's age is not start time.
             if _LAUNCHED in os.environ and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-                launcher = _process_age(str(os.getppid()))
-                if launcher is not None:
-                    self.seconds["launcher"] = max(0.0, launcher - age)
+                launched = _started(str(os.getppid()))
+                if launched is not None:
+                    self.seconds["launcher"] = max(0.0, started - launched)
             self.seconds["shell and python"] = max(0.0, age - ran)
 
     def end(self, part: str) -> None:
@@ -53,11 +54,11 @@ class StartTimes:
         return f"{self.total:.1f} s ({parts})"
 
 
-def _process_age(process: str) -> float | None:
-    """Seconds since a process was started; None if /proc doesn't say."""
+def _started(process: str) -> float | None:
+    """Seconds from boot to a process's start; None if unknown."""
     try:
         # The name, in brackets, may contain spaces. Field 22 is the start time, in clock ticks since boot.
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        return int(fields[19]) / os.sysconf("SC_CLK_TCK")
     except (OSError, AttributeError, IndexError, ValueError):
         return None

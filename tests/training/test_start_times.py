@@ -17,20 +17,23 @@ def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
 
 
-def test_parts_are_listed_in_order_and_may_come_in_pieces() -> None:
-    times = StartTimes(time.monotonic() - 2)
+def test_parts_are_listed_in_order_and_may_come_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    times = StartTimes(98)
     for part in ("imports", "plan", "imports"):
-        time.sleep(0.02)
+        now[0] += 3
         times.end(part)
     assert list(times.seconds) == ["shell and python", "imports", "plan"]
-    assert times.seconds["imports"] >= 2.04
-    assert times.seconds["plan"] < 1
+    assert (times.seconds["imports"], times.seconds["plan"]) == (8, 3)
     assert str(times).startswith(f"{sum(times.seconds.values()):.1f} s (shell and python ")
 
 
 def test_the_time_before_the_programs_code_is_included() -> None:
-    lived = time.clock_gettime(time.CLOCK_BOOTTIME) - _started(os.getpid())
-    assert StartTimes().seconds["shell and python"] == pytest.approx(lived, abs=0.5)
+    started, clock = _started(os.getpid()), time.CLOCK_BOOTTIME
+    before = time.clock_gettime(clock) - started
+    seconds = StartTimes().seconds["shell and python"]
+    assert before <= seconds <= time.clock_gettime(clock) - started
 
 
 def test_the_time_of_a_shell_that_became_the_program_is_included_and_named() -> None:
@@ -47,7 +50,7 @@ def test_the_launchers_time_comes_first(monkeypatch: pytest.MonkeyPatch) -> None
     expected = _started(os.getpid()) - _started(os.getppid())
     times = StartTimes()
     assert list(times.seconds) == ["launcher", "shell and python"]
-    assert times.seconds["launcher"] == pytest.approx(expected, abs=0.05)
+    assert times.seconds["launcher"] == pytest.approx(expected)
 
 
 def test_a_restarted_rank_leaves_out_its_launchers_time(monkeypatch: pytest.MonkeyPatch) -> None:
