@@ -86,7 +86,7 @@ def test_bash_can_read_a_script(script: Path) -> None:
 
 def test_a_batch_job_starts_a_launcher_on_every_node(job: dict[str, str], tmp_path: Path) -> None:
     script = [str(ROOT / "launch/slurm/pretrain.sbatch"), "+model=7b_hybrid", "run_dir=runs/a b"]
-    done = subprocess.run(["bash", *script], env=job, cwd="/", capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(["bash", *script], env=job, cwd="/", capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr
     first, second = (tmp_path / "calls").read_text().splitlines()
     assert first == second
@@ -103,7 +103,7 @@ def test_a_job_at_its_time_limit_is_requeued_unless_it_is_finished_or_saved_noth
     command = ["launch/slurm/pretrain.sbatch", "+model=7b_hybrid"]
     with at_work(command, job | {"STATUS": str(status)}, tmp_path, processes=4) as batch:
         batch.send_signal(signal.SIGUSR1)
-        output, _ = batch.communicate(timeout=60)
+        output, _ = batch.communicate(timeout=400)
     assert batch.returncode == status
     assert requests(tmp_path) == asked
     assert ("requeuing job" in output) == bool(asked)
@@ -111,7 +111,7 @@ def test_a_job_at_its_time_limit_is_requeued_unless_it_is_finished_or_saved_noth
 
 def test_a_job_that_fails_before_its_time_limit_is_not_requeued(job: dict[str, str], tmp_path: Path) -> None:
     command = ["bash", "launch/slurm/pretrain.sbatch", "+model=7b_hybrid"]
-    done = subprocess.run(command, env=job | {"STATUS": "75"}, cwd=tmp_path, timeout=60, check=False)
+    done = subprocess.run(command, env=job | {"STATUS": "75"}, cwd=tmp_path, timeout=400, check=False)
     assert done.returncode == 75
     assert requests(tmp_path) == ""
 
@@ -120,7 +120,7 @@ def test_a_job_that_slurm_does_not_requeue_reports_it_in_one_line(job: dict[str,
     command = ["launch/slurm/requeue.sh", str(tmp_path / "python")]
     with at_work(command, job | {"STATUS": "75", "REFUSES": "1"}, tmp_path, processes=2) as batch:
         batch.send_signal(signal.SIGUSR1)
-        _, errors = batch.communicate(timeout=60)
+        _, errors = batch.communicate(timeout=400)
     assert batch.returncode == 75
     (line,) = errors.splitlines()
     assert line.startswith("error: job 4711 was not requeued")
@@ -130,7 +130,7 @@ def test_a_job_that_slurm_does_not_requeue_reports_it_in_one_line(job: dict[str,
 def test_a_cancelled_job_of_one_node_lets_its_ranks_save(job: dict[str, str], tmp_path: Path) -> None:
     with at_work(["launch/slurm/requeue.sh", str(tmp_path / "python")], job, tmp_path, processes=2) as batch:
         batch.terminate()
-        assert batch.wait(60) == 15  # the command's own
+        assert batch.wait(400) == 15  # the command's own
     assert requests(tmp_path) == ""
 
 
@@ -140,7 +140,7 @@ def test_a_cancelled_job_of_several_nodes_sends_srun_no_signal_for_which_it_kill
     with at_work(["launch/slurm/run.sh", "program"], job, tmp_path, processes=4) as batch:
         (srun,) = psutil.Process(batch.pid).children()
         batch.terminate()
-        batch.wait(60)
+        batch.wait(400)
         time.sleep(0.5)
         assert srun.is_running()
 
@@ -150,7 +150,7 @@ def test_tasks_have_the_environment_and_the_cpus_that_sbatch_was_asked_for(
     cpus: dict[str, str], option: str, job: dict[str, str], tmp_path: Path
 ) -> None:
     command = ["bash", "launch/slurm/run.sh", "program"]
-    subprocess.run(command, env=job | cpus, cwd=tmp_path, timeout=60, check=True)
+    subprocess.run(command, env=job | cpus, cwd=tmp_path, timeout=400, check=True)
     assert (
         f" --export=ALL{option} {tmp_path}/launch/slurm/../multinode.sh program\n"
         in (tmp_path / "asked.srun").read_text()

@@ -16,7 +16,7 @@ def started(program: str, **environment: str) -> "subprocess.CompletedProcess[st
     """A program under a Python without packages."""
     clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RANK")}
     command = [sys.executable, "-S", str(ROOT / "launch" / program)]
-    return subprocess.run(command, env=clean | environment, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, env=clean | environment, capture_output=True, text=True, timeout=400, check=False)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -47,7 +47,7 @@ def test_a_notebooks_backend_for_pictures_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text("import _surroundings\nimport matplotlib")
     environment = os.environ | {"PYTHONPATH": str(ROOT / "launch"), "MPLBACKEND": "not-installed"}
     command = [sys.executable, str(tmp_path / "program.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -55,6 +55,6 @@ def test_a_module_that_an_installed_package_lacks_is_printed_with_its_stack(tmp_
     (tmp_path / "program.py").write_text("import _surroundings\nimport json.nothing")
     environment = os.environ | {"PYTHONPATH": str(ROOT / "launch")}
     command = [sys.executable, str(tmp_path / "program.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
     assert "Traceback" in done.stderr
     assert "is not installed" not in done.stderr

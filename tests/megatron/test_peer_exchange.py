@@ -47,7 +47,7 @@ def rank_of_thread() -> int:
 def on_every_rank() -> Iterator[Runner]:
     """Runs a function on all ranks at once."""
     of_ranks: dict[int, Tensor] = {}
-    barrier = Barrier(RANKS, timeout=20)
+    barrier = Barrier(RANKS, timeout=400)
 
     def rendezvous(memory: Tensor, group: Any) -> Memory:
         of_ranks[rank_of_thread()] = memory

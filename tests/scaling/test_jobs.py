@@ -54,7 +54,7 @@ def test_a_job_that_printed_no_error_says_how_it_ended(status: int | None, error
 
 
 def test_jobs_on_half_of_the_devices_run_side_by_side_on_separate_ones(tmp_path: Path) -> None:
-    places, both = {}, Barrier(2, timeout=10)
+    places, both = {}, Barrier(2, timeout=400)
 
     class Waiting(FakeRanks):
         def __call__(self, launch: Launch) -> int | None:
