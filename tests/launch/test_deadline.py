@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.launch.waited_for import ONCE_WAITED_FOR, note_waits
 from tests.program import ROOT
 
 
@@ -27,11 +28,14 @@ def test_a_printed_command_can_be_pasted_into_a_shell(
 
 
 @pytest.mark.parametrize("together", [False, True])
-def test_sigterm_lets_the_programs_save_and_waits_for_them(together: bool, tmp_path: Path) -> None:
+def test_sigterm_lets_the_programs_save_and_waits_for_them(
+    together: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     deadline = runpy.run_path(str(ROOT / "launch" / "_deadline.py"))["Deadline"](2)
+    note_waits(monkeypatch, deadline.run.__globals__)
     program = tmp_path / "program.py"
     program.write_text(
-        "import os, signal, sys, time\n"
+        f"{ONCE_WAITED_FOR}import os, signal, sys, time\n"
         "def save(*_): time.sleep(0.3); open(__file__ + '.saved', 'w'); sys.exit(75)\n"
         "signal.signal(signal.SIGTERM, save)\n"
         "os.kill(os.getppid(), signal.SIGTERM)\n"  # as scancel's signal to the script alone

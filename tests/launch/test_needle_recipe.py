@@ -23,6 +23,7 @@ from s2train.needles.documents import needle_documents
 from s2train.needles.results import Cell, CellReach
 from s2train.planning import check, compose_run
 from s2train.preparation.config import PrepareConfig, register
+from tests.launch.waited_for import ONCE_WAITED_FOR, note_waits
 from tests.program import AWKWARD_NAME, run
 
 ROOT = Path(__file__).parents[2]
@@ -323,7 +324,7 @@ def test_the_picture_shows_what_is_known(
 def test_what_a_program_took_is_kept_however_it_ends(
     recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(recipe["Deadline"].run.__globals__, "_LEAST_SECONDS", 0)
+    monkeypatch.setitem(recipe["Deadline"].run.__globals__, "_LEAST_SECONDS", -math.inf)  # it always starts
     record, program = tmp_path / "hybrid" / "programs.jsonl", tmp_path / "program.py"
     program.write_text("import sys, time; time.sleep(float(sys.argv[1])); sys.exit(int(sys.argv[2]))")
     ended, failed, stopped = ([str(program), *words] for words in (("0.3", "0"), ("0", "3"), ("60", "0")))
@@ -332,17 +333,20 @@ def test_what_a_program_took_is_kept_however_it_ends(
         recipe["Deadline"](1).run(failed, record)
     assert failure.value.code == 3
     with pytest.raises(SystemExit, match="the same command resumes"):
-        recipe["Deadline"](0.01).run(stopped, record)
+        recipe["Deadline"](0).run(stopped, record)
     found = [json.loads(line) for line in record.read_text().splitlines()]
     assert [(each["command"], each["status"]) for each in found] == [(ended, 0), (failed, 3), (stopped, -15)]
     assert found[0]["seconds"] >= 0.3
     assert 1 <= found[2]["seconds"] < 60
 
 
-def test_ctrl_c_waits_for_the_program_that_saves(recipe: dict[str, Any], tmp_path: Path) -> None:
+def test_ctrl_c_waits_for_the_program_that_saves(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    note_waits(monkeypatch, recipe["Deadline"].run.__globals__)
     record, program = tmp_path / "programs.jsonl", tmp_path / "program.py"
     interrupts = "import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(0.5)"
-    program.write_text(f"{interrupts}; open(__file__ + '.saved', 'w')")
+    program.write_text(f"{ONCE_WAITED_FOR}{interrupts}; open(__file__ + '.saved', 'w')")
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt):
         recipe["Deadline"](1).run([str(program)], record)
