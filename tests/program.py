@@ -74,7 +74,8 @@ def run(
         pictures: draw them; else, on a CPU, each is blank.
     """
     path = str(ROOT / "launch" / program) if program.endswith(".py") else program
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    # Unbuffered, a line and its end would be two writes, and other ranks' lines come in between.
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONUNBUFFERED")}
     if interpret:
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     if pictures:
