@@ -59,7 +59,7 @@ def test_runs_that_share_a_cache_build_one_at_a_time(corpus: str, config: MakeCo
             time.sleep(0.5)
             assert not built.done()
             assert not list(Path(cfg.data.cache).rglob("*.npy"))
-        assert len(built.result(timeout=60)[0]) > 0
+        assert len(built.result(timeout=400)[0]) > 0
 
 
 @pytest.mark.usefixtures("world_of_one")

@@ -79,7 +79,7 @@ def test_an_interrupted_sweep_stops_its_ranks_and_resumes_from_their_checkpoint(
     family = psutil.Process(int((tmp_path / "process").read_text())).children(recursive=True)
     assert len(family) > 1  # a launcher and its rank
     process.send_signal(signal.SIGTERM)
-    _, printed = process.communicate(timeout=120)
+    _, printed = process.communicate(timeout=400)
     assert process.returncode == 130
     assert b"the same command resumes" in printed
     assert not any(is_alive(member.pid) for member in family)
