@@ -241,7 +241,9 @@ def _stand_for(
     connection.setblocking(False)
     while not (found := os.waitpid(child, os.WNOHANG))[0]:
         if select.select([connection], [], [], 0.02)[0] and not connection.recv(1):
-            for process in (*psutil.Process(child).children(recursive=True), psutil.Process(child)):
+            first = psutil.Process(child)
+            first.suspend()  # else it might start one more meanwhile
+            for process in (*first.children(recursive=True), first):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
             return
