@@ -6,6 +6,8 @@ In a separate process, since Megatron's groups and its CPU mode are global; unde
 import json
 import sys
 from dataclasses import replace
+from statistics import mean
+from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -66,6 +68,12 @@ def compare(cfg: PretrainConfig, loss: str, packed: bool, device: torch.device) 
     return dict(zip(("losses", "gradients"), errors, strict=True))
 
 
+def mean_of_draws(draws: int, *case: Any) -> dict[str, tuple[float, float]]:
+    """Mean errors of some comparisons: in bf16 those of one small model differ much between draws."""
+    drawn = [compare(*case) for _ in range(draws)]
+    return {name: (mean(one[name][0] for one in drawn), mean(one[name][1] for one in drawn)) for name in drawn[0]}
+
+
 def main() -> None:
     """Arguments: seed, tensor parallel size."""
     seed, tp = map(int, sys.argv[1:])
@@ -86,9 +94,11 @@ def main() -> None:
             "loss over logits, MLP recomputed": (mlp, "liger", False),
             "loss over hidden states, full recomputation": (full, "linear", False),
             "tied embeddings, normalized queries, selective recomputation": (tied, "linear", False),
-            "bf16, loss in place": (replace(cfg, train=replace(train, precision="bf16")), "in_place", False),
         }
     found = {name: compare(*case, device) for name, case in cases.items()}
+    if tp == 1:
+        rounded = replace(cfg, train=replace(train, precision="bf16"))
+        found["bf16, loss in place"] = mean_of_draws(4, rounded, "in_place", False, device)
     if torch.distributed.get_rank() == 0:
         print(json.dumps(found))
     shutdown()
