@@ -133,7 +133,7 @@ def _first_reports(records: Sequence[dict[str, Any]]) -> set[int]:
 
 
 def _held_out_settings(config: Path) -> dict[str, Any]:
-    """Read the fields of `Summary` that say what a run's held-out losses are of."""
+    """Read what a run's held-out losses are of, as fields of `Summary`."""
     if not config.is_file():
         return {}
     cfg = OmegaConf.load(config)

@@ -90,10 +90,3 @@ def test_bad_input_is_rejected_with_one_line(checkpoint: Path) -> None:
     assert done.status == 2
     assert error_line(done).startswith("error: top_p=0.5: ")
     assert done.out == ""
-
-
-@pytest.mark.parametrize(("prompt", "setting"), [("prompt=x", "max_tokens"), ('prompt=["x","y"]', "batch_size")])
-def test_a_text_that_no_memory_holds_is_rejected(checkpoint: Path, prompt: str, setting: str) -> None:
-    line = error_line(generate(checkpoint, prompt, "max_tokens=1000000000000"))
-    assert line.startswith(f"error: {setting}=")
-    assert "texts of up to 1,000,000,000,001 tokens together. Set" in line
