@@ -6,9 +6,9 @@ from typing import Any
 from s2train.checkpoints.saved_run import SavedRun
 from s2train.command_line.commands import shell_setting
 from s2train.config import PretrainConfig
-from s2train.data.blend import dataset_prefixes, parse_blend
+from s2train.data.blend import parse_blend
 from s2train.data.checks import num_train_samples
-from s2train.data.contents import are_same, contents_of
+from s2train.data.contents import are_same, contents_at, contents_of
 from s2train.data.parts import training_part
 from s2train.data.splits import megatron_split
 from s2train.errors import ConfigError, as_typed
@@ -41,11 +41,8 @@ def has_contents(order: dict[str, Any], cfg: PretrainConfig, *, at_same_paths: b
     """
     if _CONTENTS not in order:
         return at_same_paths
-    try:
-        found = [contents_of(prefix) for prefix in dataset_prefixes(cfg.data.path)]
-    except FileNotFoundError:
-        return None
-    return are_same(order[_CONTENTS], found, at_same_paths=at_same_paths)
+    found = contents_at(cfg.data.path)
+    return None if found is None else are_same(order[_CONTENTS], found, at_same_paths=at_same_paths)
 
 
 def continued_order(cfg: PretrainConfig, saved: SavedRun) -> dict[str, Any]:

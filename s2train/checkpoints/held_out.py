@@ -8,8 +8,7 @@ from typing import Any
 
 from s2train.checkpoints.saved_run import SavedRun
 from s2train.config import PretrainConfig
-from s2train.data.blend import dataset_prefixes
-from s2train.data.contents import are_same, contents_of
+from s2train.data.contents import are_same, contents_at
 from s2train.errors import as_typed
 
 
@@ -45,12 +44,7 @@ def held_out_contents(cfg: PretrainConfig) -> list[str] | None:
     Empty if it is not set: `data.path`, which then holds the held-out documents, is compared by `data_order`. None if a
     file is missing.
     """
-    if cfg.data.valid_path is None:
-        return []
-    try:
-        return [contents_of(prefix) for prefix in dataset_prefixes(cfg.data.valid_path)]
-    except FileNotFoundError:
-        return None
+    return [] if cfg.data.valid_path is None else contents_at(cfg.data.valid_path)
 
 
 def has_same_contents(saved: list[str] | None, now: list[str] | None) -> bool | None:

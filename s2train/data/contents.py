@@ -13,6 +13,9 @@ import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
+
+from s2train.data.blend import dataset_prefixes
 
 _HEAD_BYTES = 1 << 20
 _BLOCKS = 64
@@ -40,6 +43,17 @@ def contents_of(prefix: str) -> str:
         finally:
             os.close(file)
     return _SEPARATOR.join([f"{size} bytes", *heads, " ".join(spreads)])
+
+
+def contents_at(path: Any) -> list[str] | None:
+    """Fingerprint the datasets that a setting such as `data.path` names.
+
+    None if a file is missing.
+    """
+    try:
+        return [contents_of(prefix) for prefix in dataset_prefixes(path)]
+    except FileNotFoundError:
+        return None
 
 
 def are_same(saved: Sequence[str], found: Sequence[str], *, at_same_paths: bool) -> bool:
