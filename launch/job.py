@@ -18,6 +18,7 @@ import signal
 import socket
 import sys
 import tempfile
+from argparse import Namespace
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -60,31 +61,32 @@ def main() -> int:
     extend_signal_handling()
     hold_signals_while_ranks_start()
     arguments = sys.argv[1:]
-    if problem := problem_of(arguments):
+    options = parse_args(arguments)
+    if problem := problem_of(options):
         print(f"error: {problem}", file=sys.stderr)
         return USAGE_STATUS
-    if parse_min_max_nnodes(parse_args(arguments).nnodes)[1] > 1:
+    if parse_min_max_nnodes(options.nnodes)[1] > 1:
         # torchrun's own store outlives its ranks: restarted ranks could find the addresses of the dead ones there, and
         # a node that rejoins would never learn its address (torch 2.13). So rank 0 creates a store in each round.
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
         hold_port_of_each_round()
     with (
-        without_log_folders(parse_args(arguments)) as logs,
+        without_log_folders(options) as logs,
         tempfile.TemporaryDirectory(prefix="s2train_", ignore_cleanup_errors=True) as folder,
     ):
         return run_ranks([*logs, *arguments], Path(folder))
 
 
-def problem_of(arguments: list[str]) -> str:
-    """Return what is wrong with torchrun's arguments; empty if nothing is."""
-    processes = parse_args(arguments).nproc_per_node
+def problem_of(options: Namespace) -> str:
+    """Return what is wrong with torchrun's options; empty if nothing is."""
+    processes = options.nproc_per_node
     if processes.isdecimal() and int(processes) > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, which prints four lines about it
     if processes == "gpu" and not torch.cuda.is_available():
         problem = "--nproc-per-node=gpu (NPROC_PER_NODE is not set): torch sees no GPU"
         return f"{problem} on {socket.gethostname()}. Set it to the number of processes"
     try:
-        given, _, _ = config_from_args(parse_args(arguments))
+        given, _, _ = config_from_args(options)
         problem = "" if given.nproc_per_node > 0 else f"--nproc-per-node={processes}: not a number of processes"
     except ValueError as error:  # torchrun would print the stack
         problem = str(error)
