@@ -1,4 +1,4 @@
-"""Tells programs that launch/_deadline.py starts when it waits for them."""
+"""Lets a program know that launch/_deadline.py, which started it, waits for it."""
 
 import subprocess
 from pathlib import Path
