@@ -56,11 +56,10 @@ def record(folders: Folders, run: Run, gpus: int) -> dict[str, Any]:
     name = key(run, gpus)
     summary = summarize(folders.root / "speed" / name)
     measured_in = environment()
-    row = asdict(summary) | {"name": name, "gpus": gpus, "device": measured_in["device"]}
+    row = asdict(summary) | {"name": name, "gpus": gpus, "device": measured_in["device"], "environment": measured_in}
     folders.results.mkdir(parents=True, exist_ok=True)
     with FileLock(folders.root / "speed" / "record.lock"):
-        content = {"rows": {**read(folders), name: row}, "environment": measured_in}
-        write_json(folders.speed, content)
+        write_json(folders.speed, {"rows": {**read(folders), name: row}})
     return row
 
 
@@ -74,6 +73,7 @@ def read(folders: Folders) -> dict[str, dict[str, Any]]:
         return {}
     with naming(folders.speed):
         content = json.loads(folders.speed.read_text())
-        # rows of earlier versions don't name their device
-        device = content.get("environment", {}).get("device")
-        return {name: {"device": device, **row} for name, row in content["rows"].items()}
+        # rows of earlier versions don't hold their environment, and the oldest not their device
+        shared = content.get("environment", {})
+        earlier = {"device": shared.get("device"), "environment": shared}
+        return {name: earlier | row for name, row in content["rows"].items()}

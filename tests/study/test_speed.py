@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from s2train.environment.provenance import environment
 from s2train.planning import compose_run
 from s2train.study import speed
 from s2train.study.files import Folders
@@ -48,6 +49,20 @@ def test_the_plan_shows_measured_seconds_beside_predicted_ones(folders: Folders)
     assert speed.read(folders).keys() == {"hybrid-16k-gpus2"}
     columns = plan_table(folders, RECIPE, 2, "h100-80gb", [Run("hybrid"), Run("dense")]).columns
     assert [list(columns[index].cells) for index in (5, 7)] == [["600", "", ""], ["40.0", "", ""]]
+
+
+def test_measurements_keep_the_environment_they_were_made_in(folders: Folders) -> None:
+    folders.results.mkdir(parents=True)
+    earlier = {"device": "NVIDIA H100", "date": "2026-11-22"}
+    folders.speed.write_text(json.dumps({"rows": {"dense-16k-gpus1": {"gpus": 1}}, "environment": earlier}))
+    folder = folders.root / "speed" / "hybrid-16k-gpus1"
+    folder.mkdir(parents=True)
+    report = {"loss": 3.0, "step_time_s": 0.5, "tokens_per_s": 500_000, "model_tflops": 1.0, "memory_gib": 40.0}
+    (folder / "metrics.jsonl").write_text(json.dumps(report | {"step": 30, "consumed_tokens": 7}) + "\n")
+    speed.record(folders, Run("hybrid"), 1)
+    rows = speed.read(folders)
+    assert rows["dense-16k-gpus1"]["environment"] == earlier
+    assert rows["hybrid-16k-gpus1"]["environment"]["torch"] == environment()["torch"]
 
 
 def test_the_plan_leaves_out_seconds_of_runs_without_a_prediction(folders: Folders) -> None:
