@@ -203,7 +203,7 @@ def runs_of_the_study() -> Iterator[tuple[str, list[str], int, dict]]:
         run, gpus = found["run"], found["gpus"]
         yield path.stem, settings_of_the_study(run["variant"], run["phase"], gpus), gpus, found["summary"]
     for name, settings, row in steps_of_the_study(folder / "speed.json"):
-        yield f"{name} seed2, cut", settings, 1, row
+        yield f"{name} first steps", settings, 1, row
 
 
 LIBRARY_STEPS = list(steps_of_libraries())
