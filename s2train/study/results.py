@@ -15,6 +15,7 @@ from s2train.study.files import Folders, naming, read_texts
 from s2train.study.protocol import needle_settings
 from s2train.study.recall import Recall, recall_curve
 from s2train.study.settings import Recipe
+from s2train.study.values import count, number
 from s2train.study.variants import PHASES, Run, counts_exactly
 from s2train.training.records import last_evaluation, read_records
 
@@ -194,6 +195,7 @@ def read_results(folders: Folders) -> list[Result]:
         remedy = f"Run {folders.command('train', 'VARIANT')}"
         raise ConfigError("root", folders.root, f"{folders.results} holds no results", remedy)
     results = [_read(folders, path) for path in paths]
+    _check_alone(folders, paths)
     _check_positions(dict(zip(paths, results, strict=True)))
     return results
 
@@ -210,6 +212,16 @@ def _check_run(path: Path, run: Run) -> None:
         raise ConfigError("root", path, problem, "Move it away")
 
 
+def _check_alone(folders: Folders, results: Sequence[Path]) -> None:
+    """Check that probes and needles have the result of their run."""
+    names = {path.stem for path in results}
+    for path in sorted(folders.results.glob("*.json")):
+        run, _, kind = path.stem.rpartition("-")
+        if kind in ("probes", "needles") and run not in names:
+            remedy = f"Copy {run}.json there too, or move the file away"
+            raise ConfigError("root", path, f"there is no result of its run, {run}.json", remedy)
+
+
 def _check_positions(results: Mapping[Path, Result]) -> None:
     """Check that all losses of a phase are of the same positions."""
     first: dict[str, Path] = {}
@@ -224,36 +236,59 @@ def _read(folders: Folders, path: Path) -> Result:
     with naming(path):
         content = json.loads(path.read_text())
         result = Result(
-            run=Run(**content["run"]),
-            gpus=content["gpus"],
-            density=content["density"],
+            run=_run(content["run"]),
+            gpus=count(content, "gpus", 1),
+            density=number(content, "density"),
             recipe=Recipe(**content["recipe"]),
-            summary=Summary(**content["summary"]),
-            held_out=[(int(tokens), float(seconds), float(loss)) for tokens, seconds, loss in content["held_out"]],
-            by_position=[(start, stop, loss) for start, stop, loss in content["by_position"]],
+            summary=_summary(content["summary"]),
+            held_out=[_evaluation(row) for row in content["held_out"]],
+            by_position=[_position(row) for row in content["by_position"]],
             # files from before these were measured lack them
             counts_exactly=content.get("counts_exactly", True),
             shared_gpu=content.get("shared_gpu", False),
             device=content.get("environment", {}).get("device"),
-            settings=tuple(content.get("settings", ())),
-            texts=content.get("texts"),
+            settings=_settings(content.get("settings", ())),
+            texts=content.get("texts") and dict(content["texts"]),
             recall=tuple(Recall(**one) for one in content.get("recall", ())),
         )
-        _ = result.loss
+        _ = result.loss, result.by_position[-1]  # raise an error if there is none
     _check_run(path, result.run)
-    probes, needles = folders.probes(result.run), folders.needles(result.run)
-    with naming(probes):
-        probed = _probes(json.loads(probes.read_text())) if probes.is_file() else None
-    if not needles.is_file():
-        return replace(result, probes=probed)
-    with naming(needles):
-        content = json.loads(needles.read_text())
-        return replace(result, probes=probed, needles=_needle_scores(content), needle_settings=needle_settings(content))
+    return _with_needles(folders, _with_probes(folders, result))
+
+
+def _with_probes(folders: Folders, result: Result) -> Result:
+    path = folders.probes(result.run)
+    if not path.exists():
+        return result
+    with naming(path):
+        content = _probes(json.loads(path.read_text()))
+        checkpoint = Path(content.get("checkpoint", folders.run(result.run)))
+    if result.run.name not in checkpoint.parts:
+        raise ConfigError("root", path, f"holds the probes of {checkpoint}", "Move the file away")
+    return replace(result, probes=content)
+
+
+def _with_needles(folders: Folders, result: Result) -> Result:
+    path = folders.needles(result.run)
+    if not path.exists():
+        return result
+    with naming(path):
+        content = json.loads(path.read_text())
+        run = _run(content.get("run", asdict(result.run)))
+        result = replace(result, needles=_needle_scores(content), needle_settings=needle_settings(content))
+    if run != result.run:
+        raise ConfigError("root", path, f"holds the needles of {run.name}", "Move the file away")
+    return result
 
 
 def _probes(content: dict[str, Any]) -> dict[str, Any]:
     """Check that probes hold what the report reads."""
-    _ = content["completion"], content["recurrence"]["by_distance"]
+    for row in content["completion"]:
+        count(row, "length")
+        for condition in ("with_definition", "without_definition"):
+            _score(row[condition])
+    for row in content["recurrence"]["by_distance"]:
+        _ = count(row, "from"), count(row, "count", 1), number(row, "second_loss"), number(row, "first_loss")
     return content
 
 
@@ -262,5 +297,37 @@ def _needle_scores(content: dict[str, Any]) -> dict[tuple[str, int], Score]:
     for task, found in content["tasks"].items():
         for cell in found["cells"]:
             key = task, cell["length"]
-            scores[key] = scores.get(key, Score(0, 0)) + Score(cell["correct"], cell["trials"])
+            scores[key] = scores.get(key, Score(0, 0)) + _score(cell)
     return scores
+
+
+def _score(content: Mapping[str, Any]) -> Score:
+    trials = count(content, "trials", 1)
+    return Score(count(content, "correct", most=trials), trials)
+
+
+def _run(content: Mapping[str, Any]) -> Run:
+    count(content, "seed")
+    return Run(**content)
+
+
+def _settings(words: Sequence[str]) -> tuple[str, ...]:
+    if wrong := [word for word in words if "=" not in word]:
+        raise ValueError(f"settings hold {wrong[0]!r}")
+    return tuple(words)
+
+
+def _summary(content: Mapping[str, Any]) -> Summary:
+    _ = number(content, "tokens_per_s", 0), number(content, "peak_memory_gib")
+    return Summary(**content)
+
+
+def _evaluation(row: Sequence[Any]) -> tuple[int, float, float]:
+    named = dict(zip(("tokens", "seconds", "loss"), row, strict=True))
+    return count(named, "tokens"), number(named, "seconds"), number(named, "loss")
+
+
+def _position(row: Sequence[Any]) -> tuple[int, int, float | None]:
+    named = dict(zip(("first position", "last position", "loss"), row, strict=True))
+    loss = None if named["loss"] is None else number(named, "loss")
+    return count(named, "first position"), count(named, "last position"), loss

@@ -15,6 +15,7 @@ from s2train.environment.provenance import environment
 from s2train.files import write_json
 from s2train.study.files import Folders, naming
 from s2train.study.settings import Recipe, train_settings
+from s2train.study.values import count, number
 from s2train.study.variants import Run, has_warm_up
 
 STEPS = 30
@@ -69,11 +70,14 @@ def read(folders: Folders) -> dict[str, dict[str, Any]]:
     Raises:
         ConfigError: the file can't be read.
     """
-    if not folders.speed.is_file():
+    if not folders.speed.exists():
         return {}
     with naming(folders.speed):
         content = json.loads(folders.speed.read_text())
         # rows of earlier versions don't hold their environment, and the oldest not their device
         shared = content.get("environment", {})
         earlier = {"device": shared.get("device"), "environment": shared}
-        return {name: earlier | row for name, row in content["rows"].items()}
+        rows = {name: earlier | row for name, row in content["rows"].items()}
+        for row in rows.values():
+            _ = count(row, "gpus", 1), number(row, "tokens_per_s", 0), number(row, "peak_memory_gib"), row["mfu"]
+        return rows

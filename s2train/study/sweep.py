@@ -19,6 +19,7 @@ from s2train.errors import ConfigError
 from s2train.files import write_json
 from s2train.study.files import Folders, naming
 from s2train.study.settings import HELD_OUT_TOKENS, Recipe, data_settings, micro_batch, sequences_of
+from s2train.study.values import count, number
 from s2train.study.variants import PHASES, SEEDS, attention_settings
 from s2train.training.records import read_curves
 
@@ -113,10 +114,13 @@ def read(folders: Folders) -> list[dict[str, Any]]:
     Raises:
         ConfigError: the file can't be read.
     """
-    if not folders.sweep.is_file():
+    if not folders.sweep.exists():
         return []
     with naming(folders.sweep):
         trials: list[dict[str, Any]] = json.loads(folders.sweep.read_text())["trials"]
+        for row in trials:
+            _ = row["name"], number(row, "lr", 0), count(row, "batch_tokens", 1)
+            _ = row["held_out_loss"] is None or number(row, "held_out_loss")
     return trials
 
 

@@ -67,6 +67,7 @@ def test_losses_and_probes_of_different_texts_are_said_not_to_be_comparable(fold
     assert "Held-out losses are over different numbers of tokens (1,024, 2,048), and not comparable." in report
     assert "Probes are of several texts or tokenizers, and not comparable." in report
     folders.result(Run("hybrid")).unlink()
+    folders.probes(Run("hybrid")).unlink()
     write_report(folders)
     assert "not comparable" not in (folders.root / "quality.md").read_text()
 
@@ -382,7 +383,78 @@ def test_another_file_among_the_results_is_rejected(folders: Folders) -> None:
         read_results(folders)
 
 
-@pytest.mark.parametrize("content", ['{"tasks"', '{"tasks": [1]}', '{"tasks": {"single": {"cells": [{"length": 1}]}}}'])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"run": {"variant": "dense", "phase": "16k", "seed": "1"}},
+        {"gpus": 0},
+        {"density": None},
+        {"summary": asdict(summary(0.0))},
+        {"held_out": [[1000, 10, float("nan")]]},
+        {"held_out": [[1000, None, 2.0]]},
+        {"by_position": []},
+        {"by_position": [[0, 64, "2.0"]]},
+        {"settings": ["train.steps"]},
+        {"texts": ["train"]},
+        {"environment": None},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_result_with_a_value_that_is_none_is_named(folders: Folders, change: dict[str, Any]) -> None:
+    result(folders, run := Run("dense"), [4.0, 2.0], 1.0)
+    folders.result(run).write_text(json.dumps(json.loads(folders.result(run).read_text()) | change))
+    with pytest.raises(ConfigError, match=r"dense-16k-seed1\.json: is no result of this study"):
+        write_report(folders)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"completion": [{"length": 1024, "with_definition": {"correct": 1, "trials": 2}}]},
+        {"completion": probes(1, 0, 1.0, 1)["completion"]},
+        {"completion": probes(3, 2, 1.0, 1)["completion"]},
+        {"recurrence": probes(1, 2, 1.0, 0)["recurrence"]},
+        {"recurrence": {"by_distance": [{"from": 64, "count": 1, "second_loss": None, "first_loss": 1.0}]}},
+    ],
+)
+def test_damaged_probes_are_named(folders: Folders, change: dict[str, Any]) -> None:
+    result(folders, run := Run("dense"), [4.0, 2.0], 1.0)
+    folders.probes(run).write_text(json.dumps(probes(1, 2, 1.0, 1) | change))
+    with pytest.raises(ConfigError, match=r"seed1-probes\.json: is no result of this study"):
+        write_report(folders)
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [
+        ("probes", probes(1, 2, 1.0, 1) | {"checkpoint": "/q/runs/window-16k-seed1/checkpoints/iter_0000002"}),
+        ("needles", {"run": asdict(Run("window")), "tasks": {}}),
+    ],
+)
+def test_probes_and_needles_of_another_run_are_named(folders: Folders, kind: str, content: dict[str, Any]) -> None:
+    result(folders, Run("dense"), [4.0, 2.0], 1.0)
+    (folders.results / f"dense-16k-seed1-{kind}.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=rf"seed1-{kind}\.json: holds the {kind} of .*window-16k-seed1"):
+        write_report(folders)
+
+
+@pytest.mark.parametrize("kind", ["probes", "needles"])
+def test_probes_and_needles_without_the_result_of_their_run_are_named(folders: Folders, kind: str) -> None:
+    result(folders, Run("dense"), [4.0, 2.0], 1.0)
+    (folders.results / f"hybrid-16k-seed1-{kind}.json").write_text("{}")
+    with pytest.raises(ConfigError, match=rf"hybrid-16k-seed1-{kind}\.json: .*Copy hybrid-16k-seed1\.json there too"):
+        write_report(folders)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"tasks"',
+        '{"tasks": [1]}',
+        '{"tasks": {"single": {"cells": [{"length": 1}]}}}',
+        '{"tasks": {"single": {"cells": [{"length": 1, "depth": 0.5, "correct": 0, "trials": 0}]}}}',
+    ],
+)
 def test_a_damaged_file_of_needles_is_named(content: str, folders: Folders) -> None:
     result(folders, run := Run("dense", "16k-needles"), [4.0, 2.0], 1.0)
     folders.needles(run).write_text(content)
@@ -398,11 +470,10 @@ def test_a_cut_file_or_a_folder_among_the_results_is_named(name: str, folders: F
         path.write_text(content)
         with pytest.raises(ConfigError, match=rf"{name}: is no result of this study"):
             write_report(folders)
-    if name == "other.json":
-        path.unlink()
-        path.mkdir()
-        with pytest.raises(ConfigError, match=rf"{name}: is no result of this study"):
-            write_report(folders)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ConfigError, match=rf"{name}: is no result of this study"):
+        write_report(folders)
 
 
 def test_a_result_without_a_held_out_loss_is_named(folders: Folders) -> None:

@@ -1,9 +1,11 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from s2train.environment.provenance import environment
+from s2train.errors import ConfigError
 from s2train.planning import compose_run
 from s2train.study import speed
 from s2train.study.files import Folders
@@ -54,7 +56,8 @@ def test_the_plan_shows_measured_seconds_beside_predicted_ones(folders: Folders)
 def test_measurements_keep_the_environment_they_were_made_in(folders: Folders) -> None:
     folders.results.mkdir(parents=True)
     earlier = {"device": "NVIDIA H100", "date": "2026-11-22"}
-    folders.speed.write_text(json.dumps({"rows": {"dense-16k-gpus1": {"gpus": 1}}, "environment": earlier}))
+    row = {"gpus": 1, "tokens_per_s": 5e5, "peak_memory_gib": 9.5, "mfu": None}
+    folders.speed.write_text(json.dumps({"rows": {"dense-16k-gpus1": row}, "environment": earlier}))
     folder = folders.root / "speed" / "hybrid-16k-gpus1"
     folder.mkdir(parents=True)
     report = {"loss": 3.0, "step_time_s": 0.5, "tokens_per_s": 500_000, "model_tflops": 1.0, "memory_gib": 40.0}
@@ -63,6 +66,17 @@ def test_measurements_keep_the_environment_they_were_made_in(folders: Folders) -
     rows = speed.read(folders)
     assert rows["dense-16k-gpus1"]["environment"] == earlier
     assert rows["hybrid-16k-gpus1"]["environment"]["torch"] == environment()["torch"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"gpus": 0}, {"tokens_per_s": "5e5"}, {"tokens_per_s": 0.0}, {"peak_memory_gib": None}]
+)
+def test_a_measurement_with_a_value_that_is_none_is_named(folders: Folders, change: dict[str, Any]) -> None:
+    row = {"gpus": 1, "tokens_per_s": 5e5, "peak_memory_gib": 9.5, "mfu": None}
+    folders.results.mkdir(parents=True)
+    folders.speed.write_text(json.dumps({"rows": {"dense-16k-gpus1": row | change}}))
+    with pytest.raises(ConfigError, match=r"speed\.json: is no result of this study"):
+        speed.read(folders)
 
 
 def test_the_plan_leaves_out_seconds_of_runs_without_a_prediction(folders: Folders) -> None:

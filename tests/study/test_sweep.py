@@ -70,7 +70,16 @@ def test_the_sweep_says_on_how_many_tokens_it_ran(folders: Folders) -> None:
     assert json.loads(folders.sweep.read_text())["data_tokens"] == 1234
 
 
-@pytest.mark.parametrize("content", ["", '{"trials": [', "{}"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        '{"trials": [',
+        "{}",
+        '{"trials": [{"name": "lr0.0006-batch131072"}]}',
+        '{"trials": [{"name": "lr0.0006-batch131072", "lr": 6e-4, "batch_tokens": 131072, "held_out_loss": "3"}]}',
+    ],
+)
 def test_a_cut_result_of_the_sweep_is_named(content: str, folders: Folders) -> None:
     folders.results.mkdir()
     folders.sweep.write_text(content)
