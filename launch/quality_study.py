@@ -70,6 +70,15 @@ from s2train.sweeps.jobs import changed_setting
 
 ACTIONS = ("data", "sweep", "speed", "plan", "train", "evaluate", "report")
 OF_VARIANTS = ("speed", "train", "evaluate")
+USED_BY = {  # options that not all actions use
+    "phase": (*OF_VARIANTS, "plan"),
+    "seed": OF_VARIANTS,
+    "tree": ("data",),
+    "lr": (*OF_VARIANTS, "plan"),
+    "batch_tokens": (*OF_VARIANTS, "plan"),
+    "device": ("plan",),
+    "shared_gpu": ("train",),
+}
 
 
 def make_documents(folders: Folders, run: Run, recipe: Recipe, deadline: Deadline) -> None:
@@ -305,8 +314,9 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"{given.action} takes no settings: {' '.join(settings)}")
     if bool(variants) != (given.action in OF_VARIANTS):
         parser.error(f"{given.action} takes {'no variant' if variants else 'one variant or more'}")
-    if given.shared_gpu and given.action != "train":
-        parser.error(f"{given.action} takes no --shared-gpu")
+    for name, actions in USED_BY.items():
+        if given.action not in actions and getattr(given, name) != parser.get_default(name):
+            parser.error(f"{given.action} takes no --{name.replace('_', '-')}")
     devices = given.gpu.split(",")
     if len(set(devices)) < len(devices) or ("" in devices and len(devices) > 1):
         parser.error(f"--gpu {given.gpu} names a device twice, or an empty one: name each once, as in --gpu 0,1")
