@@ -255,7 +255,8 @@ def _train_first(folders: Folders, run: Run) -> str:
 def _without_weights(folders: Folders, run: Run) -> tuple[str, str]:
     """Problem and remedy of a result without a checkpoint."""
     problem = f"the result of {run.name} is here, and its weights are not"
-    remedy = f"Copy {folders.run(run)} from where it was trained, or delete {folders.result(run)} and train it again"
+    deleted = f"{folders.result(run)}, and its probes and needles if there are any"
+    remedy = f"Copy {folders.run(run)} from where it was trained, or delete {deleted}, and train it again"
     return problem, remedy
 
 

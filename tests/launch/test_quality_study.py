@@ -261,6 +261,7 @@ def test_a_result_whose_weights_are_elsewhere_is_not_called_untrained(
         study["main"]([*action, "--root", str(tmp_path), "--lr", "1e-3", "--batch-tokens", str(1 << 17)])
     error = capsys.readouterr().err
     assert "the result of dense-16k-seed1 is here, and its weights are not. Copy " in error
+    assert "dense-16k-seed1.json, and its probes and needles" in error  # which would be of other weights
     assert error.count("error: ") == 1
 
 
