@@ -18,6 +18,7 @@ compared, such as train.steps, are rejected.
 """
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -56,6 +57,7 @@ from s2train.study.results import check_result, check_same_gpus, note_sharing, s
 from s2train.study.settings import (
     SET_IN_EVALUATION,
     Recipe,
+    check_devices,
     check_given,
     corpus_command,
     data_commands,
@@ -170,10 +172,12 @@ def recipe_of(folders: Folders, phase: Phase, given: Recipe | None) -> Recipe:
     """Return the given recipe, or else the sweep's choice.
 
     Raises:
-        ConfigError: a step has no whole number of sequences, the sweep was not finished, or it was of another model
-            than the phase's.
+        ConfigError: the rate is none, a step has no whole number of sequences, the sweep was not finished, or it was of
+            another model than the phase's.
     """
     if given is not None:
+        if not 0 < given.lr < math.inf:
+            raise ConfigError("--lr", given.lr, "is no learning rate above 0", f"Set one, such as {sweep.GRID[0].lr:g}")
         if given.batch_tokens < 1 or given.batch_tokens % phase.length:
             problem = f"a step must have whole sequences, of {phase.length:,} tokens in phase {phase.name}"
             nearest = max(1, round(given.batch_tokens / phase.length)) * phase.length
@@ -344,23 +348,30 @@ def act(given: argparse.Namespace, variants: Sequence[str], settings: Sequence[s
     if given.action == "data":
         make_data(folders, given.tree, settings, deadline)
     elif given.action == "sweep":
+        for trial in sweep.GRID:
+            check_devices(PHASES[sweep.PHASE], trial, len(devices))
         run_sweep(folders, len(devices), settings, deadline)
     elif given.action == "plan":
         swept = recipe is None and phase.model == PHASES[sweep.PHASE].model and not folders.sweep.is_file()
         planned = sweep.GRID[0] if swept else recipe_of(folders, phase, recipe)
         phases = {phase.name} if given.phase else {name for name, one in PHASES.items() if one.model == phase.model}
         own = [run for run in RUNS if run.phase in phases]
+        for name in phases:
+            check_devices(PHASES[name], planned, len(devices))
         note = " (the sweep has yet to choose lr, on which nothing below depends)" if swept else ""
         print(", ".join(f"{name} {value:,}" for name, value in asdict(planned).items()) + note)
         Console(width=120).print(plan_table(folders, planned, len(devices), given.device, own))
         for note in data_notes(folders, planned, own):
             print(note)
     elif given.action == "speed":
+        made = recipe_of(folders, phase, recipe)
+        check_devices(phase, made, len(devices))
         for run in runs:
-            measure_speed(folders, run, recipe_of(folders, phase, recipe), len(devices), settings, deadline)
+            measure_speed(folders, run, made, len(devices), settings, deadline)
     elif given.action == "train":
+        made = recipe_of(folders, phase, recipe)
+        check_devices(phase, made, len(devices))
         for run in runs:
-            made = recipe_of(folders, phase, recipe)
             train(folders, run, made, len(devices), settings, deadline, shared_gpu=given.shared_gpu)
     elif given.action == "evaluate":
         for run in runs:

@@ -88,6 +88,19 @@ def sequences_of(phase: Phase, recipe: Recipe) -> int:
     return max(1, recipe.batch_tokens // phase.length)
 
 
+def check_devices(phase: Phase, recipe: Recipe, gpus: int) -> None:
+    """Check that GPUs can share a step's sequences evenly.
+
+    Raises:
+        ConfigError: they can't.
+    """
+    sequences = sequences_of(phase, recipe)
+    if sequences % gpus:
+        problem = f"a step of phase {phase.name} has {sequences} sequences, which they can't share evenly"
+        most = max(count for count in range(1, gpus) if sequences % count == 0)
+        raise ConfigError("--gpu", f"{gpus} devices", problem, f"Name a number that divides them, such as {most}")
+
+
 def train_settings(folders: Folders, run: Run, recipe: Recipe, gpus: int = 1) -> list[str]:
     """Return settings of launch/pretrain.py for a run on `gpus` GPUs."""
     phase = PHASES[run.phase]
