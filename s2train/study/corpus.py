@@ -1,6 +1,5 @@
 """Checks that a study's corpus was made with given settings."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,7 @@ from s2train.config import to_object
 from s2train.errors import ConfigError, as_typed
 from s2train.preparation.config import CorpusConfig, register
 from s2train.preparation.source_tree import DESCRIPTION
-from s2train.study.files import Folders
+from s2train.study.files import Folders, read_description
 
 _WITHOUT_EFFECT = ("output", "workers")  # on the texts
 
@@ -28,7 +27,7 @@ def check_made_with(folders: Folders, tree: Path | None, settings: Sequence[str]
         tree: None: any.
         settings: of launch/make_corpus.py.
     Raises:
-        ConfigError: it was made with others, or lacks its description.
+        ConfigError: it was made with others, or its description is missing or damaged.
         hydra.errors.HydraException: the settings don't compose.
     """
     remedy = f"Leave it out to keep that corpus; or delete {folders.corpus} and {folders.data}, or set another root"
@@ -36,7 +35,7 @@ def check_made_with(folders: Folders, tree: Path | None, settings: Sequence[str]
     if not path.is_file():
         remedy = f"Delete {folders.corpus}, and make it again with --tree TREE"
         raise ConfigError("root", folders.root, f"{path} is missing", remedy)
-    made: dict[str, Any] = {"overwrite": False} | json.loads(path.read_text()).get("settings", {})
+    made: dict[str, Any] = {"overwrite": False} | read_description(path)["settings"]
     if tree is not None and "tree" in made and tree.resolve() != Path(made["tree"]).resolve():
         raise ConfigError("--tree", tree, f"{folders.corpus} was made of {made['tree']}", remedy)
     given = asdict(_compose([*hydra_settings({"output": folders.corpus, "tree": str(tree)}), *settings]))

@@ -146,7 +146,7 @@ def check_same_split(folders: Folders) -> None:
     """Check that the tokenizer was trained on the present training split.
 
     Raises:
-        ConfigError: the corpus was made again with another split.
+        ConfigError: the corpus was made again with another split, or a description is damaged.
     """
     made, now = folders.data / DESCRIPTION, folders.corpus / DESCRIPTION
     if made.is_file() and now.is_file() and _split(made) != _split(now):
@@ -158,10 +158,23 @@ def check_same_split(folders: Folders) -> None:
 
 def _split(description: Path) -> dict[str, Any]:
     """A split's description, without the places where it was made."""
-    content: dict[str, Any] = json.loads(description.read_text())
-    settings = content.get("settings", {})
-    kept = {name: value for name, value in settings.items() if name not in ("tree", "output", "workers")}
+    content = read_description(description)
+    kept = {name: value for name, value in content["settings"].items() if name not in ("tree", "output", "workers")}
     return content | {"settings": kept}
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """Read a corpus.json, which has `settings`.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+        return content | {"settings": dict(content.get("settings", {}))}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        remedy = f"Copy it back, or delete {path.parent} and run `data` again"
+        raise ConfigError("root", path, f"describes no corpus ({error})", remedy) from error
 
 
 def read_texts(folders: Folders) -> dict[str, str] | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from s2train.errors import ConfigError
+from s2train.study.corpus import check_made_with
 from s2train.study.files import Folders, check_corpus, check_data, check_same_split, record_split
 from s2train.study.settings import data_commands
 
@@ -43,6 +44,17 @@ def test_a_tokenizer_of_another_split_is_rejected(folders: Folders) -> None:
     (folders.corpus / "corpus.json").write_text(json.dumps({"held_out": ["net"]}))
     with pytest.raises(ConfigError, match="trained on another split"):
         check_same_split(folders)
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"settings": 1}'])
+def test_a_damaged_description_of_the_corpus_is_named(folders: Folders, content: str) -> None:
+    record_split(folders)
+    (folders.data / "corpus.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"data/corpus\.json: describes no corpus .*run `data` again"):
+        check_same_split(folders)
+    folders.corpus.joinpath("corpus.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"corpus/corpus\.json: describes no corpus"):
+        check_made_with(folders, None, [])
 
 
 def test_the_same_split_may_be_made_in_another_folder(folders: Folders) -> None:
