@@ -67,7 +67,7 @@ from s2train.study.settings import (
     train_command,
     train_settings,
 )
-from s2train.study.variants import PHASES, RUNS, SEEDS, Phase, Run, find_phase, find_run, run_density
+from s2train.study.variants import PHASES, REHEARSAL, RUNS, SEEDS, Phase, Run, find_phase, find_run, run_density
 from s2train.sweeps.jobs import changed_setting
 
 ACTIONS = ("data", "sweep", "speed", "plan", "train", "evaluate", "report")
@@ -355,7 +355,7 @@ def act(given: argparse.Namespace, variants: Sequence[str], settings: Sequence[s
         swept = recipe is None and phase.model == PHASES[sweep.PHASE].model and not folders.sweep.is_file()
         planned = sweep.GRID[0] if swept else recipe_of(folders, phase, recipe)
         phases = {phase.name} if given.phase else {name for name, one in PHASES.items() if one.model == phase.model}
-        own = [run for run in RUNS if run.phase in phases]
+        own = [run for run in (*RUNS, *REHEARSAL) if run.phase in phases]
         for name in phases:
             check_devices(PHASES[name], planned, len(devices))
         note = " (the sweep has yet to choose lr, on which nothing below depends)" if swept else ""

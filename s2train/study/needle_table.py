@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from s2train.needles.scores import Score
 from s2train.study.comparison import Group
 from s2train.study.protocol import differences
-from s2train.study.tables import recipes, spread, table
+from s2train.study.tables import millions, recipes, spread, table
 from s2train.study.variants import PHASES
 
 
@@ -28,7 +28,7 @@ def needle_section(name: str, own: Sequence[Group]) -> str:
     return "\n".join(
         [
             f"## {phase.title}\n",
-            f"The weights of phase {phase.after}, trained for {phase.tokens / 1e6:,.0f}M tokens on documents full of",
+            f"The weights of phase {phase.after}, trained for {millions(phase.tokens)} tokens on documents full of",
             f"needles; {said}.",
             "Exact answers to held-out needles, over all depths asked for [95 % interval].",
             *([f"Needles differ in {', '.join(differ)}, and are not comparable."] if differ else []),

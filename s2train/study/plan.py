@@ -12,7 +12,8 @@ from s2train.planning import compose_run, hybrid_layout, make_plan
 from s2train.planning.targets import target_gpu
 from s2train.study import speed
 from s2train.study.files import Folders
-from s2train.study.settings import HELD_OUT_TOKENS, Recipe, data_commands, probed_lengths, train_settings
+from s2train.study.settings import Recipe, data_commands, probed_lengths, train_settings
+from s2train.study.tables import millions
 from s2train.study.variants import PHASES, Run
 
 
@@ -34,7 +35,7 @@ def plan_table(folders: Folders, recipe: Recipe, gpus: int, device: str, runs: S
             predicted.append(tokens / made.prediction.tokens_per_s)
             seconds = f"{predicted[-1]:,.0f}"
         steps = -(-tokens // recipe.batch_tokens)
-        row = (f"{made.density:.4f}", f"{tokens / 1e6:,.0f}M", f"{steps:,}", seconds)
+        row = (f"{made.density:.4f}", millions(tokens), f"{steps:,}", seconds)
         own = measured.get(speed.key(run, gpus))
         found = (f"{tokens / own['tokens_per_s']:,.0f}", f"{own['peak_memory_gib']:.1f}") if own else ("", "")
         table.add_row(run.name, *row, found[0], f"{made.memory.total / GIB:.1f}", found[1])
@@ -56,9 +57,10 @@ def data_notes(folders: Folders, recipe: Recipe, runs: Sequence[Run]) -> list[st
     samples = cfg.train.steps * cfg.train.global_batch_size
     notes = describe_epochs(cfg.data, training_epochs(cfg.data, samples, cfg.train.seq_length))
     lengths = read_document_lengths(str(folders.held_out_data))
-    if (count := int(lengths.sum(dtype=np.int64))) < HELD_OUT_TOKENS:
+    needed = max(PHASES[run.phase].held_out_tokens for run in first)
+    if (count := int(lengths.sum(dtype=np.int64))) < needed:
         notes.append(
-            f"warning: an evaluation reads {HELD_OUT_TOKENS:,} held-out tokens, and there are {count:,}, which it "
+            f"warning: an evaluation reads {needed:,} held-out tokens, and there are {count:,}, which it "
             "repeats. Hold out more, with held_out_share or held_out"
         )
     probed = max(probed_lengths(PHASES[run.phase].length)[-1] for run in first)

@@ -14,8 +14,8 @@ from s2train.study.picture import draw_by_position
 from s2train.study.protocol import differences, probe_settings, rarest
 from s2train.study.results import Result, read_results
 from s2train.study.speed_picture import draw_by_speed, with_speed
-from s2train.study.tables import UNKNOWN, recipes, spread, table
-from s2train.study.variants import PHASES, RUNS
+from s2train.study.tables import UNKNOWN, millions, recipes, spread, table
+from s2train.study.variants import PHASES, REHEARSAL, RUNS
 
 NAME = "quality"  # of report and pictures
 EARLY = 1024  # position after which the loss may still fall
@@ -77,7 +77,9 @@ def report(
     parts.append(guidelines_section(grouped))
     everything = [*grouped.values(), *on_needles.values()]
     there = {result.run for own in everything for group in own for result in group.results}
-    if missing := [run.name for run in RUNS if run not in there]:
+    models = {PHASES[run.phase].model for run in there}
+    planned = (run for run in (*RUNS, *REHEARSAL) if PHASES[run.phase].model in models)
+    if missing := [run.name for run in planned if run not in there]:
         parts.append(f"Runs without a result: {', '.join(missing)}.\n")
     return "\n".join(parts)
 
@@ -124,7 +126,7 @@ def _phase(name: str, own: Sequence[Group]) -> str:
     return "\n".join(
         [
             f"## {phase.title}\n",
-            f"{phase.tokens / 1e6:,.0f}M tokens a run; {said}.",
+            f"{millions(phase.tokens)} tokens a run; {said}.",
             "Losses are in nats per token: mean [lowest, highest] over seeds.",
             *(paired if baseline is not None else []),
             *(timed if seconds is not None else []),

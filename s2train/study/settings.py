@@ -14,7 +14,6 @@ from s2train.study.variants import PHASES, Phase, Run, attention_settings, has_w
 
 VOCABULARY = 32768
 EVALUATIONS = 10  # of the held-out loss, in a run
-HELD_OUT_TOKENS = 1 << 20  # of each evaluation
 MICRO_BATCH_TOKENS = 1 << 16  # that go through a GPU at once: its kernels then hide the host's work; 41 of 80 GiB
 _NEW_ORDER = 1000  # added to the seed of a run that starts from another's weights: it then reads in another order
 # of launch/pretrain.py, by which runs are named, found and compared
@@ -119,7 +118,7 @@ def train_settings(folders: Folders, run: Run, recipe: Recipe, gpus: int = 1) ->
         "optim.lr": recipe.lr * phase.lr_factor,
         "optim.warmup_steps": max(1, (before or last) // 20),
         "evaluation.interval": interval,
-        "evaluation.batches": max(1, HELD_OUT_TOKENS // (sequences * phase.length)),
+        "evaluation.batches": max(1, phase.held_out_tokens // (sequences * phase.length)),
         "checkpoint.interval": 2 * interval,
         "checkpoint.keep": 1,
         "tracking.log_interval": 10,

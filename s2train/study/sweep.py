@@ -18,7 +18,7 @@ from s2train.environment.provenance import environment
 from s2train.errors import ConfigError
 from s2train.files import write_json
 from s2train.study.files import Folders, naming
-from s2train.study.settings import HELD_OUT_TOKENS, Recipe, data_settings, micro_batch, sequences_of
+from s2train.study.settings import Recipe, data_settings, micro_batch, sequences_of
 from s2train.study.values import count, number
 from s2train.study.variants import PHASES, SEEDS, attention_settings
 from s2train.training.records import read_curves
@@ -57,7 +57,7 @@ class Trial:
             "optim.lr": self.recipe.lr,
             "optim.warmup_steps": max(1, self.steps // 10),
             "evaluation.interval": self.steps,
-            "evaluation.batches": max(1, HELD_OUT_TOKENS // self.recipe.batch_tokens),
+            "evaluation.batches": max(1, phase.held_out_tokens // self.recipe.batch_tokens),
             "checkpoint.interval": self.steps,
             "checkpoint.keep": 1,
             "tracking.log_interval": 5,

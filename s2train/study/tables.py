@@ -30,6 +30,11 @@ def recipes(made_by: Iterable[Recipe], lr_factor: float) -> str:
     return "; ".join(f"learning rate {lr:g}, {batch_tokens:,} tokens a step" for lr, batch_tokens in found)
 
 
+def millions(tokens: int) -> str:
+    """Format a phase's tokens, such as 300M or 0.13M."""
+    return f"{tokens / 1e6:,.{0 if tokens >= 1e6 else 2}f}M"
+
+
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Format a Markdown table."""
     lines = [heads, ["---"] * len(heads), *rows]

@@ -20,6 +20,8 @@ MODEL_40M = (
     "model.num_attention_heads=8",
     "model.num_query_groups=4",
 )
+# 5M parameters, most of them the vocabulary's; learns on a CPU.
+MODEL_REHEARSAL = ("+model=tiny_hybrid", "model.vocab_size=32768")
 REFERENCE = "hybrid"  # whose density the numbers of blocks MATCHED give
 # a number of blocks in +layout.patterns.LETTER={…} or +layout.kinds.LETTER={…}, computed by `matched_window`
 MATCHED = "MATCHED"
@@ -73,6 +75,7 @@ class Phase:
             `after`, at step 1 with a new optimizer.
         lr_factor: of the recipe's learning rate.
         model: settings of the model.
+        held_out_tokens: of each evaluation of the held-out loss.
         scorer_warm_up: first steps, in which layers are dense whose scorer learns.
         about: what its title says beside the length.
     """
@@ -86,6 +89,7 @@ class Phase:
     needles: bool = False
     lr_factor: float = 1.0
     model: tuple[str, ...] = MODEL
+    held_out_tokens: int = 1 << 20
     scorer_warm_up: int = 200
     about: str = ""
 
@@ -145,6 +149,14 @@ PHASES = {
             scorer_warm_up=100,
             about="40M parameters, started from dense weights",
         ),
+        Phase(
+            "rehearsal",
+            256,
+            1 << 17,
+            model=MODEL_REHEARSAL,
+            held_out_tokens=1 << 13,
+            about="a rehearsal, which compares nothing",
+        ),
     )
 }
 SEEDS = (1, 2)
@@ -189,6 +201,8 @@ RUNS = (
     ),
     *(Run(variant, "16k-40m-from-dense", seed) for seed in SEEDS for variant in ("dense", "index", "hyper")),
 )
+# Every program of the study in minutes on a CPU, before it takes a GPU.
+REHEARSAL = (Run("dense", "rehearsal"), Run("hybrid", "rehearsal"))
 
 
 def find_run(variant: str, phase: str, seed: int) -> Run:

@@ -138,6 +138,13 @@ def test_a_plan_says_whether_its_learning_rate_was_chosen(
     assert ("the sweep has yet to choose lr" in capsys.readouterr().out) is (not recipe)
 
 
+def test_a_plan_of_the_rehearsal_lists_its_runs(
+    study: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study["main"](["plan", "--phase", "rehearsal", "--lr", "3e-3", "--batch-tokens", "2048", "--root", str(tmp_path)])
+    assert "hybrid-rehearsal-seed1" in capsys.readouterr().out
+
+
 @pytest.fixture
 def with_corpus(tmp_path: Path) -> Path:
     """A root whose corpus holds out b of a tree."""
@@ -416,15 +423,12 @@ def started(study: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> list[str]
 def test_a_small_study_goes_from_a_tree_to_a_report(
     study: dict[str, Any], started: list[str], tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(PHASES, "16k", Phase("16k", 256, 4 * 512))
-    monkeypatch.setitem(PHASES, "32k", Phase("32k", 512, 4 * 512))
-    monkeypatch.setitem(PHASES, "64k", Phase("64k", 512, 2 * 512, after="32k", dense=True))
-    monkeypatch.setitem(PHASES, "16k-needles", replace(PHASES["16k-needles"], length=512, tokens=2 * 512))
+    for name, length, steps in (("16k", 256, 4), ("32k", 512, 4), ("64k", 512, 2), ("16k-needles", 512, 2)):
+        small = replace(PHASES[name], length=length, tokens=steps * 512, held_out_tokens=1024)
+        monkeypatch.setitem(PHASES, name, small)
     monkeypatch.setattr(sweep, "GRID", (Recipe(1e-3, 512), Recipe(2e-3, 512)))
     monkeypatch.setattr(sweep, "TOKENS", 2 * 512)
     monkeypatch.setattr(settings, "VOCABULARY", 512)
-    for module in (settings, sweep):
-        monkeypatch.setattr(module, "HELD_OUT_TOKENS", 1024)
     root = tmp_path / AWKWARD_NAME
 
     def act(*arguments: str) -> None:
@@ -472,11 +476,10 @@ def test_every_kind_of_the_tier_trains_and_some_start_from_dense_weights(
         *SMALL,
         "model.hidden_size=64",
     )
-    tier = Phase("16k-40m", 2048, 3 * 2048, model=model, scorer_warm_up=1)
+    tier = Phase("16k-40m", 2048, 3 * 2048, model=model, held_out_tokens=2048, scorer_warm_up=1)
     for phase in (tier, replace(tier, name="16k-40m-from-dense", after="16k-40m", from_dense=True)):
         monkeypatch.setitem(PHASES, phase.name, phase)
     monkeypatch.setattr(settings, "VOCABULARY", 512)
-    monkeypatch.setattr(settings, "HELD_OUT_TOKENS", 2048)
     monkeypatch.setitem(VARIANTS, "hyper", ("layout=hyper_b256", "layout.layers=DHHH", *SMALL_HYPER))
     root = ["--root", str(tmp_path / "study")]
     study["main"](["data", "--tree", str(tree), "held_out=[fs/part5]", *root])

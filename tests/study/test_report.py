@@ -102,6 +102,14 @@ def test_a_phase_after_the_schedule_s_end_is_said_to_be_at_its_lowest_rate(folde
     assert "in the middle of its learning-rate schedule." in report
 
 
+@pytest.mark.parametrize(("there", "missing"), [("16k", "16k"), ("rehearsal", "rehearsal")])
+def test_the_report_names_runs_of_its_models_that_have_no_result(folders: Folders, there: str, missing: str) -> None:
+    result(folders, Run("hybrid", there), [4.0, 2.0], 1.0)
+    last = write_report(folders)[0].read_text().splitlines()[-1]
+    assert f"dense-{missing}-seed1" in last
+    assert ("rehearsal" in last) != ("16k" in last)
+
+
 def test_the_report_has_a_table_with_the_spread_of_seeds_and_pictures(folders: Folders) -> None:
     for seed, loss in ((1, 2.0), (2, 2.5)):
         result(folders, Run("hybrid", seed=seed), [4.0, loss], 1.0)

@@ -7,6 +7,7 @@ import pytest
 
 from s2train.attention.coverage import coverage_report
 from s2train.config import PretrainConfig, head_dim
+from s2train.costs.memory import GIB
 from s2train.costs.parameters import total_parameters
 from s2train.environment.hardware import Hardware
 from s2train.errors import ConfigError
@@ -15,11 +16,12 @@ from s2train.planning.targets import target_gpu
 from s2train.study import variants
 from s2train.study.files import Folders
 from s2train.study.plan import plan_table
-from s2train.study.settings import Recipe, micro_batch, run_documents, steps_of, train_settings
+from s2train.study.settings import VOCABULARY, Recipe, micro_batch, run_documents, steps_of, train_settings
 from s2train.study.variants import (
     MATCHED,
     MODEL,
     PHASES,
+    REHEARSAL,
     RUNS,
     SEEDS,
     VARIANTS,
@@ -107,6 +109,15 @@ def test_the_tier_has_two_seeds_of_every_kind_and_40m_parameters(folders: Folder
     cfg = compose_run(train_settings(folders, runs[0], Recipe(1e-3, 1 << 15)))
     assert (cfg.train.steps, cfg.train.global_batch_size, head_dim(cfg.model)) == (2000, 2, 64)
     assert total_parameters(cfg.model, hybrid_layout(cfg).layers) == pytest.approx(40e6, rel=0.05)
+
+
+@pytest.mark.parametrize("run", REHEARSAL, ids=lambda run: run.name)
+def test_a_rehearsal_is_small_and_takes_the_study_s_tokenizer(folders: Folders, run: Run) -> None:
+    cfg = compose_run(train_settings(folders, run, Recipe(3e-3, 2048)))
+    assert cfg.model.vocab_size == VOCABULARY
+    assert (cfg.train.steps, cfg.train.global_batch_size, cfg.evaluation.batches) == (64, 8, 4)
+    assert check(on_mock_data(cfg), 1, target_gpu("h100-80gb")).memory.total < 4 * GIB
+    assert density("hybrid", "rehearsal") < 0.7
 
 
 def test_no_other_window_is_nearer_to_the_hybrids_density() -> None:
