@@ -40,6 +40,11 @@ def as_typed(value: object) -> str:
     return str(value)
 
 
+def from_to(first: int, last: int) -> str:
+    """Format a range of values: "1 … 13", or "1" alone."""
+    return str(first) if first == last else f"{first} … {last}"
+
+
 class ConfigError(ValueError):
     """A setting that can't work: name, value, problem and remedy, one line.
 

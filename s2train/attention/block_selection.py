@@ -20,6 +20,7 @@ from s2train.attention.selection.scorer import Scorer
 from s2train.attention.selection.sea import SeaScorer
 from s2train.attention.weights import AttentionShape, Weight
 from s2train.config import PretrainConfig
+from s2train.errors import from_to
 
 PREVIOUS_BLOCK, FIRST_TOKEN = QUERIES = ("previous_block", "first_token")
 SCORERS = ("moba", "index", "sea")
@@ -153,7 +154,7 @@ class BlockSelectionKind(DataDependentKind):
             raise self.error(name, problem, remedy)
         if own.top_k is not None and own.top_k > room:
             problem = f"{sequence}, of which {room} can be selected beside window and sinks"
-            raise self.error("top_k", problem, f"Set 1 to {room}.")
+            raise self.error("top_k", problem, f"Set it to {from_to(1, room)}.")
         chunks = 2 * cfg.parallel.cp
         if cfg.parallel.cp > 1 and own.sampled_rows % chunks:
             problem = f"parallel.cp={cfg.parallel.cp} splits a sequence into {chunks} chunks, which sample equally many"

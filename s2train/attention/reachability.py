@@ -19,7 +19,7 @@ from torch import Tensor
 
 from s2train.attention.hybrid import HybridLayout
 from s2train.attention.kind import LayerLayout
-from s2train.errors import ConfigError
+from s2train.errors import ConfigError, from_to
 from s2train.layouts.masks import packed_mask, unpack
 from s2train.layouts.patterns import Dense, Pattern
 
@@ -83,7 +83,7 @@ def reach(hybrid: HybridLayout, seq_length: int, query: int | None = None) -> Re
     """
     query = seq_length - 1 if query is None else query
     if not 0 <= query < seq_length:
-        raise ConfigError("query", query, f"no position of {seq_length} tokens", f"Use 0 to {seq_length - 1}.")
+        raise ConfigError("query", query, f"no position of {seq_length} tokens", f"Use {from_to(0, seq_length - 1)}.")
     own = query // hybrid.block_size
     count = own + 1  # later blocks can't be seen
     unions = _packed_unions(hybrid.layers, count)

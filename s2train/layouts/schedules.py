@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from s2train.config import ScheduleConfig
-from s2train.errors import ConfigError
+from s2train.errors import ConfigError, from_to
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def _explicit(given: Any) -> Schedule:
             raise ConfigError(f"schedule.offsets{shown}", row, problem, f"Write {context.num_heads}.")
         if not all(0 <= offset < context.stride for offset in row):
             problem = f"an offset out of range for a pattern of period {context.stride}"
-            raise ConfigError(f"schedule.offsets{shown}", row, problem, f"Write 0 to {context.stride - 1}.")
+            raise ConfigError(f"schedule.offsets{shown}", row, problem, f"Write {from_to(0, context.stride - 1)}.")
         return tuple(row)
 
     return Schedule(EXPLICIT, offsets, lambda heads, groups, run: 0, per_run=len(rows) > 1, rows=len(rows))

@@ -17,7 +17,7 @@ from s2train.data.checks import check_data
 from s2train.data.datasets import build_datasets
 from s2train.data.tokenizers import Tokenizer, load_tokenizer
 from s2train.environment.hardware import Hardware
-from s2train.errors import ConfigError
+from s2train.errors import ConfigError, from_to
 from s2train.megatron.model import unwrap
 from s2train.planning import hybrid_layout
 from s2train.planning.checks import check_attention_backend
@@ -92,7 +92,7 @@ def read_subject(
     length = trained.train.seq_length if seq_length is None else seq_length
     if not 2 <= length <= trained.train.seq_length:
         problem = f"{path} was trained with {trained.train.seq_length:,} tokens, and does not know longer sequences"
-        raise ConfigError("seq_length", length, problem, f"Set 2 to {trained.train.seq_length}.")
+        raise ConfigError("seq_length", length, problem, f"Set it to {from_to(2, trained.train.seq_length)}.")
     cfg = with_data(trained, data, length, held_out, seed)
     tokenizer = load_tokenizer(cfg.data.tokenizer, end_token=cfg.data.end_token)
     check_tokenizer(path, tokenizer, "data.tokenizer")

@@ -20,7 +20,7 @@ from s2train.command_line.layout_files import PREFIX
 from s2train.config import LayoutConfig
 from s2train.costs.memory import GIB
 from s2train.costs.prediction import ModelCosts, model_costs
-from s2train.errors import ConfigError
+from s2train.errors import ConfigError, from_to
 from s2train.files import check_output, write_json
 from s2train.kernels.block_statistics.effects import SUMS
 from s2train.semsa.config import ChooseLayoutConfig
@@ -183,7 +183,7 @@ def _allowed(cfg: ChooseLayoutConfig, profile: Profile, candidates: Candidates) 
     every = range(profile.rules.shape[3])
     if cfg.rules is not None and (beyond := [number for number in cfg.rules if number not in every]):
         problem = f"the profile has no rule {beyond[0]}"
-        raise ConfigError("rules", cfg.rules, problem, f"Name rules 0 to {len(every) - 1}.")
+        raise ConfigError("rules", cfg.rules, problem, f"Name rule {from_to(0, len(every) - 1)}.")
     allowed = sorted(set(every if cfg.rules is None else cfg.rules))
     if cfg.kv_efficient:
         allowed = [number for number in allowed if number in candidates.kv_efficient()]

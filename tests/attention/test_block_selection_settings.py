@@ -61,6 +61,15 @@ def test_settings_that_can_not_be_are_rejected(selection: str, error: str) -> No
     assert str(raised.value).startswith(error)
 
 
+@pytest.mark.parametrize(
+    ("selection", "remedy"), [("top_k:14", "Set it to 1 … 13."), ("top_k:2,window:14", "Set it to 1.")]
+)
+def test_a_top_k_beyond_the_sequence_gets_all_that_it_may_be(selection: str, remedy: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        check(config(selection), 1, CPU)
+    assert str(raised.value).endswith(f"beside window and sinks. {remedy}")
+
+
 def test_packed_documents_are_rejected() -> None:
     message = r"index block-selection attention \(letter E\) doesn't support attention within documents"
     with pytest.raises(ConfigError, match=message):

@@ -7,6 +7,7 @@ head. `launch/choose_layout.py` writes such layouts.
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from s2train.errors import from_to
 from s2train.layouts.patterns.base import HeadPatterns, LayerContext, Pattern, PatternError
 
 NAME = "per_head"
@@ -31,7 +32,7 @@ def per_head(rules: Any, heads: Any, build: Build) -> HeadPatterns:
     for number, row in enumerate(heads):
         if beyond := [index for index in row if not 0 <= index < len(rules)]:
             problem = f"layer {number} names rule {beyond[0]}, and there are {len(rules)}"
-            raise PatternError("heads", beyond[0], problem, f"Name rules 0 to {len(rules) - 1}.")
+            raise PatternError("heads", beyond[0], problem, f"Name rule {from_to(0, len(rules) - 1)}.")
 
     def of_layer(layer: LayerContext) -> tuple[Pattern, ...]:
         if layer.layer >= len(heads):
