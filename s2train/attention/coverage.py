@@ -6,6 +6,7 @@ It counts the union coverage of each sparse layer and of each run of sparse laye
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
 
@@ -112,6 +113,11 @@ def coverage_report(hybrid: HybridLayout, seq_length: int) -> CoverageReport:
             counted[distinct] = union_coverage(list(distinct), num_blocks)
         return counted[distinct]
 
+    could_all = cache(partial(_could_see_all, num_blocks=num_blocks))
+
+    def could_see_all(layer: LayerLayout) -> bool:
+        return could_all(_scheduled_head(layer).shifted(0))
+
     runs = []
     for is_covered, group in itertools.groupby(enumerate(hybrid.layers), lambda item: _has_coverage(item[1])):
         if not is_covered:
@@ -124,7 +130,7 @@ def coverage_report(hybrid: HybridLayout, seq_length: int) -> CoverageReport:
                 numbers[-1],
                 layers_alone,
                 union(head for layer in layers for head in layer.heads),
-                tuple(not hybrid.schedule.per_run and union(_shifts(layer)).complete for layer in layers),
+                tuple(not hybrid.schedule.per_run and could_see_all(layer) for layer in layers),
                 tuple(sum(isinstance(head, Dense) for head in layer.heads) for layer in layers),
             )
         )
@@ -161,13 +167,18 @@ def _range(first: int, last: int) -> str:
     return f"{first}" if first == last else f"{first}-{last}"
 
 
-def _shifts(layer: LayerLayout) -> list[Pattern]:
-    """List the shifted patterns that a schedule could give the layer's heads.
+def _could_see_all(head: Pattern, num_blocks: int) -> bool:
+    """Return whether a pattern's shifts together see every causal block."""
+    return union_coverage(shifts(head, num_blocks), num_blocks).complete
 
-    The layer is sparse. If these patterns together see everything, the layer should too.
+
+def shifts(head: Pattern, num_blocks: int) -> list[Pattern]:
+    """List the shifted patterns that a schedule could give a layer's heads.
+
+    If these patterns together see everything, the layer should too. Offsets of `num_blocks` or more are left out: an
+    offset is a key block or a distance, so smaller ones see all that they see.
     """
-    head = _scheduled_head(layer)
-    return [head.shifted(offset) for offset in range(head.period)]
+    return [head.shifted(offset) for offset in range(min(head.period, num_blocks))]
 
 
 def _scheduled_head(layer: LayerLayout) -> Pattern:
@@ -258,7 +269,7 @@ def _remedy(hybrid: HybridLayout, report: CoverageReport, numbers: range) -> str
     shortest_run = min(len(run.layers) for run in report.runs)
     widest = {kind: schedule.widest_stride(num_heads, groups, shortest_run) for kind, schedule in SCHEDULES.items()}
     remedies = []
-    if union_coverage(_shifts(layer), report.num_blocks).complete:
+    if _could_see_all(head, report.num_blocks):
         if others := [kind for kind in widest if widest[kind] >= head.period]:
             remedies.append(f"schedule.kind={' or '.join(others)}")
         else:

@@ -5,12 +5,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from s2train.attention.coverage import check_coverage, coverage_report, percent, union_coverage
+from s2train.attention.coverage import check_coverage, coverage_report, percent, shifts, union_coverage
 from s2train.attention.hybrid import HybridLayout
 from s2train.config import LayoutConfig, PatternConfig
 from s2train.errors import ConfigError
 from s2train.layouts.counting import kept_key_blocks
-from s2train.layouts.patterns import Pattern
+from s2train.layouts.patterns import LocalVertical, Pattern
 from s2train.layouts.schedules import SCHEDULES
 from tests.layouts.layout_cases import banded_patterns, make_hybrid, patterns, union_of
 
@@ -153,6 +153,17 @@ def test_a_long_wide_and_deep_model_is_checked_without_its_masks() -> None:
     report = check_coverage(hybrid, 1 << 20, settings(32))
     assert report.num_blocks == 16384
     assert all(run.union.complete for run in report.runs)
+
+
+@given(patterns, st.integers(1, 30))
+def test_shifts_by_less_than_the_sequence_see_all_that_any_shift_sees(head: Pattern, num_blocks: int) -> None:
+    every = [head.shifted(offset) for offset in range(head.period)]
+    found = shifts(head, num_blocks)
+    assert torch.equal(union_of(found, num_blocks), union_of(every, num_blocks))
+
+
+def test_a_stride_far_beyond_the_sequence_needs_no_more_shifts_than_it_has_blocks() -> None:
+    assert len(shifts(LocalVertical(8, 1 << 18, 0), 256)) == 256
 
 
 def test_percent_says_100_only_of_all() -> None:
