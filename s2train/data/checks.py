@@ -1,6 +1,7 @@
 """Checks a run's data from files, before using a device."""
 
 import os
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -49,10 +50,10 @@ def check_data(cfg: PretrainConfig, tokenizer: Tokenizer) -> None:
 
     Raises:
         ConfigError: a file is missing, empty or truncated; the tokenizer or the end token is not the one that made the
-            data; the tokenizer is larger than the model's vocabulary; the order of samples is far too long; held-out
-            data are a copy of training data; no .json names the tokenizer, and the first or the last million tokens
-            hold an id outside the vocabulary; a part of the split is too short for one sequence; or the cache can't be
-            written.
+            data; the tokenizer is larger than the model's vocabulary; the order of samples is far too long; two
+            datasets hold the same documents, of training or held-out data and training; no .json names the tokenizer,
+            and the first or the last million tokens hold an id outside the vocabulary; a part of the split is too
+            short for one sequence; or the cache can't be written.
     """
     if tokenizer.vocab_size > cfg.model.vocab_size:
         problem = f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size:,} ids"
@@ -98,20 +99,28 @@ def _check_lengths(cfg: PretrainConfig, tokenizer: Tokenizer) -> list[str]:
 
 
 def _check_copies(cfg: PretrainConfig) -> None:
-    """Reject held-out data that are a copy of training data.
+    """Reject two training datasets of the same contents, and held-out copies.
 
     Training data are often copied to a faster disk.
     """
-    if cfg.data.valid_path is None:
-        return
     trained_on = dataset_prefixes(cfg.data.path)
-    for prefix in dataset_prefixes(cfg.data.valid_path):
-        size = os.path.getsize(f"{prefix}.bin")  # most differ in it, which saves reading them
-        alike = [other for other in trained_on if os.path.getsize(f"{other}.bin") == size]
-        if copied := [other for other in alike if contents_of(other) == contents_of(prefix)]:
-            problem = f"{prefix} holds the same documents as {copied[0]}, which the run trains on"
+    held_out = dataset_prefixes(cfg.data.valid_path) if cfg.data.valid_path is not None else ()
+    for number, prefix in enumerate(trained_on):
+        if copied := _copied_by(prefix, trained_on[:number]):
+            problem = f"{prefix} holds the same documents as {copied}"
+            raise ConfigError("data.path", cfg.data.path, problem, "Name one of them, with the sum of their weights")
+    for prefix in held_out:
+        if copied := _copied_by(prefix, trained_on):
+            problem = f"{prefix} holds the same documents as {copied}, which the run trains on"
             remedy = "Set data.valid_path to other data, or null to hold out by data.split"
             raise ConfigError("data.valid_path", cfg.data.valid_path, problem, remedy)
+
+
+def _copied_by(prefix: str, others: Sequence[str]) -> str | None:
+    """Return the first of other datasets with the same contents, if any."""
+    size = os.path.getsize(f"{prefix}.bin")  # most differ in it, which saves reading them
+    alike = [other for other in others if os.path.getsize(f"{other}.bin") == size]
+    return next((other for other in alike if contents_of(other) == contents_of(prefix)), None)
 
 
 def _check_metadata(

@@ -48,9 +48,18 @@ def truncate(path: str, size: int) -> None:
     Path(path).write_bytes(content[:size])
 
 
-def test_valid_data_pass(corpus: str, copy: str, config: MakeConfig) -> None:
+def test_valid_data_pass(corpus: str, tmp_path: Path, config: MakeConfig) -> None:
     check_data(config(corpus), ByteTokenizer())
-    check_data(config([0.3, corpus, 0.7, copy]), ByteTokenizer())
+    other = write_dataset(tmp_path / "other", [f"text {number} " * 400 for number in range(20)])
+    check_data(config([0.3, corpus, 0.7, other]), ByteTokenizer())
+
+
+@pytest.mark.parametrize("weights", [[0.3, 0.7], None])
+def test_a_blend_of_a_dataset_and_its_copy_is_rejected(
+    corpus: str, copy: str, config: MakeConfig, weights: list[float] | None
+) -> None:
+    blend = [corpus, copy] if weights is None else [weights[0], corpus, weights[1], copy]
+    assert_rejected(config(blend), "data.path", rf"{copy} holds the same documents as {corpus}\. Name one of them")
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
