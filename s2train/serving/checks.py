@@ -96,12 +96,13 @@ def check(config: VllmConfig) -> None:
 def read_layout(config: VllmConfig) -> ExportLayout:
     """Return the layout of the export that is served."""
     hf_config = config.model_config.hf_config
-    return _read(json.dumps(hf_config.layout), hf_config.num_key_value_heads, config.model_config.model)
+    heads = {name: getattr(hf_config, name) for name in ("num_attention_heads", "num_key_value_heads")}
+    return _read(json.dumps({"layout": hf_config.layout, **heads}), config.model_config.model)
 
 
 @cache
-def _read(layout: str, num_kv_heads: int, name: str) -> ExportLayout:
-    return ExportLayout.read({"layout": json.loads(layout), "num_key_value_heads": num_kv_heads}, name)
+def _read(config: str, name: str) -> ExportLayout:
+    return ExportLayout.read(json.loads(config), name)
 
 
 def page_plan(config: VllmConfig) -> PagePlan:

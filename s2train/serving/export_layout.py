@@ -6,7 +6,8 @@ from typing import Any
 
 from s2train.attention.kind import LayerLayout
 from s2train.attention.registry import LETTERS
-from s2train.checkpoints.hugging_face.layout_json import FORMAT, pattern_from_json
+from s2train.checkpoints.hugging_face.layout_json import pattern_from_json
+from s2train.checkpoints.hugging_face.modeling_s2 import check_layout
 from s2train.errors import ConfigError
 from s2train.kernels.layout import BLOCK_SIZES
 from s2train.layouts.patterns import Dense, Pattern
@@ -32,20 +33,16 @@ class ExportLayout:
         """Read config.json's content; `name` is the model's, for errors.
 
         Raises:
-            ConfigError: another version wrote the export, or it has a kind of attention that can't be served.
+            ConfigError: the layout is damaged, another version wrote it, or its blocks can't be served.
         """
-        layout = config.get("layout")
-        remedy = "Export the checkpoint again with this version"
-        if not isinstance(layout, Mapping) or layout.get("format", 1) != FORMAT:
-            found = layout.get("format") if isinstance(layout, Mapping) else None
-            problem = f"its layout has format {found}, and this version of s2train reads format {FORMAT}"
-            raise ConfigError("model", name, problem, remedy)
+        layout: Any = config.get("layout")
         try:
+            check_layout(layout, None, config["num_attention_heads"])
             patterns = [pattern_from_json(pattern) for pattern in layout["patterns"]]
-            layers = tuple(tuple(patterns[index] for index in heads) for heads in layout["layers"])
-        except (KeyError, TypeError, ValueError) as error:
-            problem = f"vLLM can't serve this kind of attention, or another version wrote it ({error})"
-            raise ConfigError("model", name, problem, remedy) from error
+        except ValueError as error:
+            remedy = "Export the checkpoint again with this version (launch/export.py)"
+            raise ConfigError("model", name, f"in its config.json {error}", remedy) from error
+        layers = tuple(tuple(patterns[index] for index in heads) for heads in layout["layers"])
         if (size := layout["block_size"]) not in BLOCK_SIZES:
             problem = f"its layout has blocks of {size} tokens, and kernels take {', '.join(map(str, BLOCK_SIZES))}"
             raise ConfigError("model", name, problem, "Train and export a layout with such blocks")

@@ -25,7 +25,7 @@ def config(**changed: Any) -> Any:
         "parallel_config": {"tensor_parallel_size": 2, **dict.fromkeys(names, 1)},
         "cache_config": {"cache_dtype": "auto", "kv_offloading_size": None},
         "scheduler_config": {"disable_hybrid_kv_cache_manager": None},
-        "hf_config": {"layout": LAYOUT, "num_key_value_heads": 4, "num_hidden_layers": 2},
+        "hf_config": {"layout": LAYOUT, "num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 2},
         "model_config": {
             "max_model_len": 1024,
             "original_max_model_len": None,
@@ -62,12 +62,20 @@ def test_what_can_be_served_passes() -> None:
         ({"max_model_len": 1000}, "max_model_len=1000: isn't a multiple of the layout's block of 256"),
         ({"original_max_model_len": -1}, "max_model_len=auto: vLLM may choose a length that isn't a multiple of the"),
         ({"num_hidden_layers": 3}, "hf_overrides.num_hidden_layers=3: the export has the layouts of 2 layers. Leave"),
-        ({"layout": None}, "model=runs/export: its layout has format None, and this version of s2train reads format 1"),
-        ({"layout": LAYOUT | {"format": 7}}, "model=runs/export: its layout has format 7, and"),
+        ({"layout": None}, "model=runs/export: in its config.json layout is null or missing, not settings by name"),
+        ({"layout": LAYOUT | {"format": 7}}, "model=runs/export: in its config.json layout.format is 7, not 1, which"),
         ({"layout": LAYOUT | {"block_size": 8}}, "model=runs/export: its layout has blocks of 8 tokens, and kernels"),
         (
             {"layout": LAYOUT | {"patterns": [{"kind": "moba"}] * 5}},
-            "model=runs/export: vLLM can't serve this kind of attention, or another version wrote it ('moba')",
+            'model=runs/export: in its config.json layout.patterns[0].kind is "moba", not one of',
+        ),
+        (
+            {"layout": LAYOUT | {"layers": [[0] * 4, [9] * 4]}},
+            "model=runs/export: in its config.json layout.layers[1] is [9, 9, 9, 9], not the numbers of 4 heads'",
+        ),
+        (
+            {"layout": LAYOUT | {"layers": [[0] * 3] * 2}},
+            "model=runs/export: in its config.json layout.layers[0] is [0, 0, 0], not the numbers of 4 heads'",
         ),
         (
             {"layout": LAYOUT | {"patterns": [MASK] * 5}},

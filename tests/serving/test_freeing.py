@@ -65,7 +65,7 @@ def test_what_is_needed_depends_on_no_default_of_a_loader(_: int) -> None:
 
     def found() -> np.ndarray:
         last_uses.cache_clear()
-        read = ExportLayout.read({"layout": layout, "num_key_value_heads": 4}, "export")
+        read = ExportLayout.read({"layout": layout, "num_attention_heads": 8, "num_key_value_heads": 4}, "export")
         return last_uses(slots_of(read.layers[0], 4, 1, 1), num_blocks)
 
     expected, dtype = found(), torch.get_default_dtype()

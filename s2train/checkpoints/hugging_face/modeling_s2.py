@@ -80,9 +80,82 @@ class S2Config(PretrainedConfig):
         if scaling := rope_parameters or rope_scaling:  # by the name that transformers 5 saves
             self.rope_parameters = scaling
         dense = [[0] * num_attention_heads] * num_hidden_layers
-        self.layout = layout or {"block_size": 64, "patterns": [{"kind": "dense"}], "layers": dense}
-        if PretrainedConfig is not object:
+        if layout is None and "S2ForCausalLM" not in (other.get("architectures") or []):
+            layout = {"block_size": 64, "patterns": [{"kind": "dense"}], "layers": dense}
+        self.layout = layout
+        if PretrainedConfig is object:
+            self.name_or_path = other.get("name_or_path", "")
+        else:
             super().__init__(tie_word_embeddings=tie_word_embeddings, **other)
+
+
+_KINDS = {  # of patterns, and their entries
+    "dense": (),
+    "local_vertical": ("local", "stride", "offset", "sinks"),
+    "sliding_window": ("window", "sinks"),
+    "global_blocks": ("local", "blocks"),
+    "dilated": ("local", "dilation", "offset", "window"),
+    "span": ("base", "slope", "sinks"),
+    "ranges": ("ranges", "offset", "sinks"),
+    "mask": ("num_blocks", "bits"),
+}
+
+
+def check_layout(layout: Any, layers: int | None, heads: int) -> None:
+    """Check the entry `layout` of config.json before anything reads it.
+
+    layers: how many it should have, if known; heads: query heads of a layer. Raises ValueError, which names the entry.
+    """
+    _require(isinstance(layout, dict), "layout", layout, "settings by name")
+    _require(layout.get("format", 1) == 1, "layout.format", layout.get("format"), "1, which this version reads")
+    size, patterns, rows = (layout.get(name) for name in ("block_size", "patterns", "layers"))
+    _require(_is_count(size, 1), "layout.block_size", size, "a number of tokens")
+    _require(isinstance(patterns, list), "layout.patterns", patterns, "a list")
+    for number, pattern in enumerate(patterns):
+        name, kind = f"layout.patterns[{number}]", pattern.get("kind") if isinstance(pattern, dict) else None
+        _require(isinstance(kind, str) and kind in _KINDS, f"{name}.kind", kind, f"one of {', '.join(_KINDS)}")
+        if wrong := set(pattern) ^ {"kind", *_KINDS[kind]}:
+            raise ValueError(f"{name} {'has' if min(wrong) in pattern else 'lacks'} {min(wrong)}, as no {kind} pattern")
+        for entry in _KINDS[kind]:
+            right = _is_right(entry, pattern[entry], pattern)
+            _require(right, f"{name}.{entry}", pattern[entry], f"a value of a {kind} pattern")
+    right = isinstance(rows, list) and layers in (None, len(rows))
+    _require(right, "layout.layers", rows, "a list" if layers is None else f"a list of {layers} layers")
+    for number, row in enumerate(rows):
+        right = isinstance(row, list) and len(row) == heads and all(map(_is_count, row)) and max(row) < len(patterns)
+        _require(right, f"layout.layers[{number}]", row, f"the numbers of {heads} heads' patterns")
+
+
+def _is_right(entry: str, value: Any, pattern: dict) -> bool:
+    if entry == "blocks":
+        return isinstance(value, list) and all(map(_is_count, value))
+    if entry == "slope":
+        return type(value) in (int, float) and 0 <= value < 1
+    if entry == "ranges":  # (limit, stride): the limits ascend, and the last is null
+        if not isinstance(value, list) or not all(isinstance(part, list) and len(part) == 2 for part in value):
+            return False
+        *limits, last = [0, *(limit for limit, _ in value)]
+        right = last is None and all(map(_is_count, limits)) and limits == sorted(set(limits))
+        return right and all(_is_count(stride, 1) for _, stride in value)
+    if entry == "bits":
+        try:
+            rows = pattern["num_blocks"]
+            return len(base64.b64decode(value, validate=True)) == rows * -(-rows // 8)
+        except (TypeError, ValueError):
+            return False
+    if value is None:
+        return entry == "window" and pattern["kind"] == "dilated"
+    return _is_count(value, entry not in ("offset", "sinks"))
+
+
+def _is_count(value: Any, least: int = 0) -> bool:
+    return type(value) is int and least <= value < 1 << 62
+
+
+def _require(right: bool, name: str, found: Any, wanted: str) -> None:
+    if not right:
+        shown = "null or missing" if found is None else json.dumps(found)[:60]
+        raise ValueError(f"{name} is {shown}, not {wanted}")
 
 
 def keeps(pattern: dict, query: Tensor, key: Tensor) -> Tensor:
@@ -440,6 +513,11 @@ class S2ForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: S2Config) -> None:
         super().__init__(*([config] if PreTrainedModel is not nn.Module else []))
+        try:
+            check_layout(config.layout, config.num_hidden_layers, config.num_attention_heads)
+        except ValueError as error:
+            file = Path(getattr(config, "name_or_path", "")) / "config.json"
+            raise ValueError(f"{file}: {error}. Export the checkpoint again (launch/export.py)") from error
         self.config = config
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
@@ -455,12 +533,17 @@ class S2ForCausalLM(PreTrainedModel, GenerationMixin):
         """
         from safetensors.torch import load_file
 
-        config = json.loads((Path(folder) / "config.json").read_text())
+        file = Path(folder) / "config.json"
+        try:
+            config = S2Config(**json.loads(file.read_text()) | {"name_or_path": str(folder)})
+        except (TypeError, ValueError) as error:
+            problem = f"{file} can't be read ({type(error).__name__}: {error})"
+            raise ValueError(f"{problem}. Export the checkpoint again (launch/export.py)") from error
         weights: dict[str, Tensor] = {}
         for file in sorted(Path(folder).glob("*.safetensors")):
             weights |= load_file(file)
         with torch.device("meta"):
-            model = cls(S2Config(**config))
+            model = cls(config)
         model.load_state_dict(weights, assign=True)
         return model.eval()
 

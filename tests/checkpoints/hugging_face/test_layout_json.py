@@ -13,7 +13,7 @@ from s2train.attention.hybrid import HybridLayout
 from s2train.attention.kind import LayerLayout
 from s2train.attention.registry import LETTERS
 from s2train.checkpoints.hugging_face.layout_json import layout_json, pattern_from_json, pattern_json
-from s2train.checkpoints.hugging_face.modeling_s2 import keeps, token_mask
+from s2train.checkpoints.hugging_face.modeling_s2 import check_layout, keeps, token_mask
 from s2train.layouts.patterns import Dense, LocalVertical, Pattern
 from s2train.layouts.patterns.dilated import Dilated
 from s2train.layouts.patterns.file import MaskPattern
@@ -77,6 +77,14 @@ def test_a_layout_has_each_pattern_once_and_every_head_its_own() -> None:
     assert written["block_size"] == 32
     assert len(written["patterns"]) == 3
     assert written["layers"] == [[0, 1, 2, 0], [0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_every_pattern_passes_the_check_of_the_modelling_file(name: str) -> None:
+    for _ in range(20):
+        layer = LayerLayout(LETTERS["S"], (PATTERNS[name](), PATTERNS[name]()), 32)
+        written = layout_json(HybridLayout((layer,), 32, 1, None))  # type: ignore[arg-type]
+        check_layout(json.loads(json.dumps(written)), 1, 2)
 
 
 def test_token_masks_are_the_kernels() -> None:

@@ -74,6 +74,58 @@ def test_a_cache_by_a_name_that_it_does_not_know_is_an_error(model: S2ForCausalL
     assert inspect.Parameter.VAR_KEYWORD not in kinds
 
 
+LAYOUT = CONFIG["layout"]
+MASK = {"kind": "mask", "num_blocks": 2, "bits": "AQM="}
+
+
+def patterns(*first: Any) -> dict[str, Any]:
+    return {"layout": LAYOUT | {"patterns": [*first, *LAYOUT["patterns"]]}}
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({"layout": None}, "layout is null or missing, not settings by name"),
+        ({"layout": []}, "layout is [], not settings by name"),
+        ({"layout": LAYOUT | {"format": 2}}, "layout.format is 2, not 1"),
+        ({"layout": LAYOUT | {"block_size": "4"}}, 'layout.block_size is "4", not a number of tokens'),
+        ({"layout": LAYOUT | {"layers": [[0] * 4] * 2}}, "layout.layers is [[0, 0, 0, 0], [0, 0, 0, 0]], not a list"),
+        ({"layout": LAYOUT | {"layers": [[0] * 4, [0, 1, 2, 0], [0] * 4]}}, "layout.layers[1] is [0, 1, 2, 0], not"),
+        ({"layout": LAYOUT | {"layers": [[0] * 3] * 3}}, "layout.layers[0] is [0, 0, 0], not the numbers of 4 heads'"),
+        (patterns(None), "layout.patterns[0].kind is null or missing, not one of dense"),
+        (patterns({"kind": "moba"}), 'layout.patterns[0].kind is "moba", not one of dense'),
+        (patterns({"kind": ["dense"]}), 'layout.patterns[0].kind is ["dense"], not one of'),
+        (patterns({"kind": "dense", "sinks": 1}), "layout.patterns[0] has sinks, as no dense pattern"),
+        (patterns({"kind": "sliding_window", "window": 2}), "layout.patterns[0] lacks sinks, as no sliding_window"),
+        (patterns({"kind": "sliding_window", "window": True, "sinks": 0}), "layout.patterns[0].window is true, not"),
+        (patterns({"kind": "span", "base": 1, "slope": 1.0, "sinks": 0}), "layout.patterns[0].slope is 1.0, not"),
+        (
+            patterns({"kind": "ranges", "ranges": [[3, 1], [2, 1]], "offset": 0, "sinks": 0}),
+            "layout.patterns[0].ranges",
+        ),
+        (patterns({"kind": "global_blocks", "local": 1, "blocks": [0, "1"]}), "layout.patterns[0].blocks is [0,"),
+        (patterns(MASK | {"bits": "AQMB"}), 'layout.patterns[0].bits is "AQMB", not'),
+        (patterns(MASK | {"bits": "?"}), 'layout.patterns[0].bits is "?", not'),
+    ],
+)
+def test_a_damaged_layout_is_one_error_with_the_file_the_entry_and_the_remedy(
+    tmp_path: Path, changed: dict[str, Any], problem: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | changed))
+    with pytest.raises(ValueError, match="config") as damaged:
+        S2ForCausalLM.from_folder(str(tmp_path))
+    text = str(damaged.value)
+    assert text.startswith(f"{tmp_path / 'config.json'}: {problem}"), text
+    assert text.endswith("Export the checkpoint again (launch/export.py)")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null"])
+def test_a_config_that_is_no_json_object_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json can't be read \(.*\)\. Export the checkpoint again"):
+        S2ForCausalLM.from_folder(str(tmp_path))
+
+
 class FixedCache(Cache):
     """As transformers' StaticCache: as many keys as there will be, at once."""
 
