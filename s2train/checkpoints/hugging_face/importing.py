@@ -13,7 +13,14 @@ from s2train.checkpoints.hugging_face.config import ImportConfig
 from s2train.checkpoints.hugging_face.folder import WeightsFolder, require_safetensors
 from s2train.checkpoints.hugging_face.layout_json import layout_json
 from s2train.checkpoints.hugging_face.llama_config import EXPORT, check_weights, llama_model
-from s2train.checkpoints.hugging_face.run_settings import KEY, ModelFiles, copy_masks, model_name, read_settings
+from s2train.checkpoints.hugging_face.run_settings import (
+    KEY,
+    ModelFiles,
+    copy_masks,
+    damaged,
+    model_name,
+    read_settings,
+)
 from s2train.checkpoints.hugging_face.tokenizer_files import TOKENIZER
 from s2train.checkpoints.hugging_face.weights import EMBEDDING, OUTPUT, from_llama, llama_shapes, with_rows
 from s2train.checkpoints.integrity import CONFIG, PROGRESS
@@ -39,6 +46,7 @@ from s2train.megatron.layer_backends import backend_of
 from s2train.megatron.model import build_model, transformer_config, unwrap
 from s2train.megatron.setup import initialize, shutdown
 from s2train.planning import hybrid_layout
+from s2train.validation.values import check_choice
 
 _LONGEST = 8192  # default limit of the sequence length, in tokens; a run can set more
 
@@ -71,7 +79,7 @@ def import_llama(cfg: ImportConfig) -> tuple[Path, ModelFiles]:
     try:
         copy_masks(run.layout, folder.path)
         _check_layout(folder, run)
-    except (ConfigError, OSError):
+    except BaseException:
         shutil.rmtree(output)
         raise
     if (folder.path / TOKENIZER).is_file():
@@ -156,9 +164,22 @@ def _layout(folder: WeightsFolder, output: Path) -> tuple[LayoutConfig, Schedule
 
 def _check_layout(folder: WeightsFolder, run: PretrainConfig) -> None:
     """Check that an export's settings still produce the blocks in its config.json."""
+    if KEY not in folder.config:
+        return
+    try:
+        check_choice("schedule.placement", run.schedule.placement)
+        hybrid = hybrid_layout(run)
+    except ConfigError as error:
+        raise damaged(folder.path, f".{error.setting}", error.value, error.problem) from error
     recorded = folder.config.get("layout")
-    # the first exports have no number of their format, which is 1
-    if recorded is not None and layout_json(hybrid_layout(run)) != {"format": 1} | recorded:
+    if recorded is None:
+        return
+    try:
+        # the first exports have no number of their format, which is 1
+        is_same = isinstance(recorded, dict) and layout_json(hybrid) == {"format": 1} | recorded
+    except (NotImplementedError, TypeError):  # a kind of attention that no export has
+        is_same = False
+    if not is_same:
         problem = f"its settings ({KEY}.layout, {KEY}.schedule) give other blocks than its layout lists"
         raise ConfigError("weights", folder.path, problem, "Fix config.json, or export the run again")
 

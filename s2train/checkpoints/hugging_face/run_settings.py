@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -18,10 +18,11 @@ from s2train.checkpoints.hugging_face.tokenizer_files import TOKENIZER
 from s2train.command_line.commands import hydra_setting, python_command
 from s2train.command_line.composition import CONF
 from s2train.config import LayoutConfig, ModelConfig, PretrainConfig, ScheduleConfig
-from s2train.errors import ConfigError
+from s2train.errors import ConfigError, as_typed, message_line
 from s2train.files import check_writable, replacing
 
 KEY = "s2train"  # in config.json
+Section = TypeVar("Section")
 IMPORTED = "imported"  # folder in conf/model, conf/layout and conf/schedule
 
 
@@ -44,26 +45,47 @@ def settings_json(cfg: PretrainConfig, folder: Path, is_bytes: bool) -> dict[str
     }
 
 
-def read_settings(saved: Mapping[str, Any], weights: Path, output: Path) -> tuple[LayoutConfig, ScheduleConfig]:
+def read_settings(saved: Any, weights: Path, output: Path) -> tuple[LayoutConfig, ScheduleConfig]:
     """Read what `settings_json` wrote; mask files get their paths in `output`.
 
     `copy_masks` copies them there.
 
     Raises:
-        ConfigError: on `weights`, if this version doesn't have the settings.
+        ConfigError: on `weights`: an entry is damaged, or this version doesn't have the settings.
     """
-    layout = deepcopy(dict(saved["layout"]))
+    given = saved if isinstance(saved, Mapping) else {}
+    layout, schedule = (given.get(name) for name in ("layout", "schedule"))
+    for name, found in (("", saved), (".layout", layout), (".schedule", schedule)):
+        if not isinstance(found, Mapping):
+            raise damaged(weights, name, found, "not settings by name")
+    if (tokenizer := given.get("tokenizer")) not in ("bytes", TOKENIZER):
+        raise damaged(weights, ".tokenizer", tokenizer, f"not bytes or {TOKENIZER}")
+    if not isinstance(end_token := given.get("end_token"), str | None):
+        raise damaged(weights, ".end_token", end_token, "not the name of a token")
+    layout = deepcopy(dict(layout))
     for pattern in _with_file(layout):
-        pattern["file"] = str(output.absolute() / pattern["file"])
+        name = pattern["file"]
+        if not isinstance(name, str) or Path(name).name != name or not (weights / name).is_file():
+            raise damaged(weights, ".layout: file", name, "no file of the export")
+        pattern["file"] = str(output.absolute() / name)
+    return _merged(LayoutConfig, layout, "layout", weights), _merged(ScheduleConfig, schedule, "schedule", weights)
+
+
+def damaged(weights: Path, entry: str, found: object, problem: str) -> ConfigError:
+    """Make the error of an entry below `KEY` that can't be read."""
+    shown = f"config.json has {KEY}{entry}={as_typed(found)[:60]}, {problem}"
+    return ConfigError("weights", weights, shown, "Export the run again with this version (launch/export.py)")
+
+
+def _merged(kind: type[Section], given: Any, section: str, weights: Path) -> Section:
     try:
-        parts = [
-            OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), given))
-            for kind, given in ((LayoutConfig, layout), (ScheduleConfig, saved["schedule"]))
-        ]
-    except (OmegaConfBaseException, KeyError) as error:
-        problem = f"config.json has settings that can't be read ({str(error).splitlines()[0]})"
-        raise ConfigError("weights", weights, problem, "Export the run again with this version") from error
-    return parts[0], parts[1]  # type: ignore[return-value]
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), given))  # type: ignore[return-value]
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        name = getattr(error, "full_key", None)
+        found = OmegaConf.select(OmegaConf.create(dict(given)), name) if name else given
+        raise damaged(
+            weights, f".{section}.{name}" if name else f".{section}", found, message_line(error).rstrip(".")
+        ) from error
 
 
 def copy_masks(layout: LayoutConfig, weights: Path) -> None:
@@ -73,13 +95,18 @@ def copy_masks(layout: LayoutConfig, weights: Path) -> None:
 
 
 def _with_file(layout: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield a layout's patterns that read a file."""
-    of_kinds = [kind.get("pattern") for kind in layout.get("kinds", {}).values()]
-    patterns = (layout.get("pattern"), *layout.get("patterns", {}).values(), *of_kinds)
-    given = [settings for settings in patterns if isinstance(settings, dict)]
-    for pattern in (*given, *(rule for settings in given for rule in settings.get("rules") or ())):
-        if pattern.get("file") is not None:
-            yield pattern
+    """Yield a layout's patterns that read a file; others may be damaged."""
+    named, kinds = (_values(layout.get(name)) for name in ("patterns", "kinds"))
+    of_kinds = [kind.get("pattern") for kind in kinds if isinstance(kind, dict)]
+    for pattern in (layout.get("pattern"), *named, *of_kinds):
+        rules = pattern.get("rules") if isinstance(pattern, dict) else None
+        for one in (pattern, *(rules if isinstance(rules, list) else ())):
+            if isinstance(one, dict) and one.get("file") is not None:
+                yield one
+
+
+def _values(settings: Any) -> list[Any]:
+    return list(settings.values()) if isinstance(settings, dict) else []
 
 
 class ModelFiles:

@@ -28,6 +28,7 @@ from tests.program import SMALL, Outcome, error_line, metrics, pretrain, run
 pytestmark = [pytest.mark.slow]
 
 VOCABULARY, LENGTH = 272, 203
+OWN: dict[str, Any] = {"layout": {"layers": "D"}, "schedule": {}, "tokenizer": "bytes"}  # of an export's config.json
 # fp32: a few roundings of sums over some hundred terms, in another order
 TOLERANCE = 2e-5
 
@@ -261,7 +262,13 @@ def test_a_hybrid_run_starts_from_an_imported_llama(tmp_path: Path, processes: i
         ({"architectures": ["MistralForCausalLM"]}, ["no sliding_window, which transformers takes as 4096"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5"]),
         ({"architectures": ["S2ForCausalLM"]}, ["every head's blocks", "Export the run again"]),
-        ({"s2train": {"layout": {"layer": "D"}, "schedule": {}}}, ["settings that can't be read", "layer"]),
+        ({"s2train": OWN | {"layout": {"layer": "D"}}}, ["config.json has s2train.layout.layer=D, ", "Export the run"]),
+        (
+            {"s2train": OWN | {"layout": {"layers": "Q"}}},
+            ["config.json has s2train.layout.layers=Q, ", "Export the run"],
+        ),
+        ({"s2train": OWN | {"schedule": {"placement": "x"}}}, ["has s2train.schedule.placement=x, ", "Export the run"]),
+        ({"s2train": OWN, "layout": ["D"]}, ["give other blocks than its layout lists", "export the run again"]),
     ],
 )
 def test_what_is_no_plain_llama_is_rejected(tmp_path: Path, changed: dict[str, Any], words: list[str]) -> None:

@@ -4,6 +4,7 @@ import os
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -125,6 +126,44 @@ def test_files_of_masks_go_with_the_settings(tmp_path: Path) -> None:
     layout, schedule = read_settings(saved, tmp_path / "export", tmp_path / "run")
     assert layout == replace(LAYOUT, pattern=replace(pattern, file=str(tmp_path / "run" / "masks-0.npz")))
     assert schedule == RUN.schedule
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "shown"),
+    [
+        ((), None, "s2train=null, not settings by name"),
+        (("layout",), 3, "s2train.layout=3, not settings by name"),
+        (("schedule",), [], "s2train.schedule=[], not settings by name"),
+        (("tokenizer",), "gpt2", "s2train.tokenizer=gpt2, not bytes or tokenizer.json"),
+        (("tokenizer",), {}, "s2train.tokenizer={}, not bytes or tokenizer.json"),
+        (("end_token",), 256, "s2train.end_token=256, not the name of a token"),
+        (("schedule", "kind"), [1], "s2train.schedule.kind=[1], Cannot convert"),
+        (("layout", "layer"), "D", "s2train.layout.layer=D, Key 'layer' not in"),
+        (("layout", "patterns"), [], "s2train.layout={"),
+        (("layout", "pattern"), "x", "s2train.layout={"),
+        (("layout", "pattern", "local"), "x", "s2train.layout.pattern.local=x, Value 'x'"),
+        (("layout", "pattern", "file"), "masks-0.npz", "s2train.layout: file=masks-0.npz, no file of the export"),
+        (("layout", "pattern", "file"), "../config.json", "s2train.layout: file=../config.json, no file of the export"),
+        (("layout", "pattern", "file"), [1], "s2train.layout: file=[1], no file of the export"),
+    ],
+)
+def test_a_damaged_entry_is_named_with_its_file_and_the_remedy(
+    tmp_path: Path, entry: tuple[str, ...], value: object, shown: str
+) -> None:
+    saved = settings_json(RUN, tmp_path, True)
+    (tmp_path / "export").mkdir()
+    (tmp_path / "config.json").touch()
+    whole: dict[str, Any] = {"s2train": saved}
+    *above, last = ("s2train", *entry)
+    section = whole
+    for name in above:
+        section = section[name]
+    section[last] = value
+    with pytest.raises(ConfigError) as rejected:
+        read_settings(whole["s2train"], tmp_path / "export", tmp_path / "run")
+    text = str(rejected.value)
+    assert text.startswith(f"weights={tmp_path / 'export'}: config.json has {shown}"), text
+    assert text.endswith("Export the run again with this version (launch/export.py)")
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
