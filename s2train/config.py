@@ -435,10 +435,22 @@ def to_object(cfg: DictConfig) -> Any:
     """Convert a composed config to its dataclass.
 
     Raises:
-        ConfigError: a setting has no value, or an unknown setting was added.
+        ConfigError: a setting has no value or a number beyond 64 bits, or an unknown setting was added.
     """
     check_names(cfg)
     if missing := sorted(OmegaConf.missing_keys(cfg)):
         means = meaning(OmegaConf.get_type(cfg) or object, missing[0])
         raise ConfigError(missing[0], "(not set)", "it has no value", f"Set {missing[0]}=…{means and f': {means}'}.")
+    for name, value in settings_by_name(OmegaConf.to_container(cfg, resolve=True)):  # type: ignore[arg-type]
+        if any(abs(number) >= 1 << 63 for number in _integers(value)):
+            raise ConfigError(name, value, "has a number beyond 64 bits", "Set a smaller one.")
     return OmegaConf.to_object(cfg)
+
+
+def _integers(value: Any) -> Iterator[int]:
+    """Yield the integers of a value, which may hold others."""
+    if isinstance(value, int):
+        yield value
+    elif isinstance(value, list | Mapping):
+        for held in value.values() if isinstance(value, Mapping) else value:
+            yield from _integers(held)

@@ -27,6 +27,11 @@ def attempt(run_dir: Path, *arguments: str, processes: int = 0, by_torchrun: boo
         (["schedule.kind=shfted"], ["schedule.kind=shfted", "shifted"]),
         (["train.global_batch_size=7"], ["train.global_batch_size=7"]),
         (["train.precision=fp9"], ["train.precision=fp9", "bf16, fp32"]),
+        (["layout.pattern.stride=1" + "0" * 30], ["layout.pattern.stride=10", "beyond 64 bits. Set a smaller one"]),
+        (
+            ["+layout.patterns.R={kind:ranges,ranges:[[null,-1" + "0" * 30 + "]]}"],
+            ["layout.patterns.R.ranges=[[null,-1", "beyond 64 bits"],
+        ),
         (["layer_backend=te"], ["layer_backend=te", "local"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) and "=" in value[0] else "",
