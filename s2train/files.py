@@ -4,6 +4,9 @@ import fcntl
 import json
 import math
 import os
+import tokenize
+import zipfile
+import zlib
 from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +15,12 @@ from tempfile import TemporaryFile
 from typing import Any
 
 from s2train.errors import ConfigError
+
+# What reading an .npz raises if it is empty, damaged or no .npz. NumPy parses headers as Python.
+UNREADABLE_ARRAYS = (
+    OSError, ValueError, KeyError, AttributeError, TypeError, EOFError, RuntimeError, SyntaxError, tokenize.TokenError,
+    zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 
 
 @contextmanager

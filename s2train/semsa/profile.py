@@ -1,7 +1,6 @@
 """What was measured of a checkpoint's attention, in one .npz file."""
 
 import json
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from s2train.config import ModelConfig
-from s2train.errors import ConfigError
-from s2train.files import replacing
+from s2train.errors import ConfigError, message_line
+from s2train.files import UNREADABLE_ARRAYS, replacing
 from s2train.kernels.block_statistics.effects import SUMS
 from s2train.rope_scaling import RopeScalingConfig
 from s2train.semsa.rules import Rule
@@ -105,8 +104,10 @@ def load_profile(path: str | Path, setting: str = "profile") -> Profile:
             return Profile(arrays["blocks"], arrays["rules"], columns, about)
     except FileNotFoundError as error:
         raise ConfigError(setting, path, "there is no such file", remedy) from error
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        why = "" if "allow_pickle" in str(error) else f" ({error})"  # numpy's advice for files that are no arrays
+    except UNREADABLE_ARRAYS as error:
+        why = (
+            "" if "allow_pickle" in str(error) else f" ({message_line(error)})"
+        )  # numpy's advice for files that are no arrays
         raise ConfigError(setting, path, f"is no profile{why}", remedy) from error
 
 

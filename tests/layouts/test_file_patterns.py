@@ -95,14 +95,25 @@ def test_a_file_that_does_not_fit_is_rejected(tmp_path: Path, arrays: dict[str, 
         hybrid_of(file)
 
 
-@pytest.mark.parametrize("content", [None, b"no archive"])
+@pytest.mark.parametrize("content", [None, b"", b"no archive"])
 def test_a_file_that_is_none_is_rejected(tmp_path: Path, content: bytes | None) -> None:
     file = tmp_path / "masks.npz"
-    if content:
+    if content is not None:
         file.write_bytes(content)
     with pytest.raises(
         ConfigError, match=r"^layout.pattern.file=.*masks.npz: (there is no such|no \.npz).*write_masks"
     ):
+        hybrid_of(file)
+
+
+def test_a_file_whose_compressed_masks_are_garbled_is_rejected(tmp_path: Path) -> None:
+    file = tmp_path / "masks.npz"
+    write_masks(file, {1: random_masks(), 2: random_masks()}, 16)
+    content = bytearray(file.read_bytes())
+    start = content.index(b"layer_1.npy") + 100
+    content[start : start + 200] = b"\xff" * 200
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"^layout.pattern.file=.*masks.npz: no \.npz of arrays \(.*write_masks"):
         hybrid_of(file)
 
 

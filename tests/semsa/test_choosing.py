@@ -166,7 +166,10 @@ def test_a_profile_of_other_weights_is_rejected(profile: Profile) -> None:
         check_same_model(profile, "1", "p.npz", Path("runs/mine"))
 
 
-@pytest.mark.parametrize(("content", "problem"), [(None, "there is no such file"), (b"x", r"is no profile\. ")])
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [(None, "there is no such file"), (b"x", r"is no profile\. "), (b"", r"is no profile \(No data left in file\)\. ")],
+)
 def test_a_file_that_is_no_profile_is_rejected(tmp_path: Path, content: bytes | None, problem: str) -> None:
     path = tmp_path / "p.npz"
     if content is not None:

@@ -6,7 +6,6 @@ blocks. ``block_size`` is an integer, in tokens.
 """
 
 import hashlib
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from s2train.errors import ConfigError
+from s2train.errors import ConfigError, message_line
+from s2train.files import UNREADABLE_ARRAYS
 from s2train.layouts.patterns.base import HeadPatterns, LayerContext, Pattern, PatternError
 
 
@@ -112,10 +112,14 @@ def _read(file: str, layer: LayerContext) -> np.ndarray:
                 problem = f"has {', '.join(arrays.files) or 'nothing'}, and no {lacking}"
                 raise PatternError("file", file, problem, f"Add an array {lacking} to it.")
             block_size, masks = int(arrays["block_size"]), arrays[name]
-    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+    except UNREADABLE_ARRAYS as error:
         if isinstance(error, PatternError):
             raise
-        problem = "there is no such file" if isinstance(error, FileNotFoundError) else f"no .npz of arrays ({error})"
+        problem = (
+            "there is no such file"
+            if isinstance(error, FileNotFoundError)
+            else f"no .npz of arrays ({message_line(error)})"
+        )
         remedy = "Name an .npz written by s2train.layouts.patterns.file.write_masks."
         raise PatternError("file", file, problem, remedy) from error
     if block_size != layer.block_size:
