@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from s2train.errors import ConfigError
+from s2train.errors import ConfigError, first_line
 
 # What reading an .npz raises if it is empty, damaged or no .npz. NumPy parses headers as Python.
 UNREADABLE_ARRAYS = (
@@ -54,6 +54,22 @@ def write_json(path: Path, content: object) -> None:
     """Write a JSON file, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def reading(setting: str, path: Path) -> Iterator[None]:
+    """Name a file of earlier results that can't be read.
+
+    Raises:
+        ConfigError: the statements inside found something else in it.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        problem = f"holds no results of this program ({first_line(error)})"
+        raise ConfigError(setting, path, problem, "Name another file, or move this one away") from error
 
 
 def sync(path: Path) -> None:

@@ -23,7 +23,7 @@ from s2train.comparison.runs import summarize
 from s2train.config import PlanConfig, PretrainConfig
 from s2train.environment.provenance import environment
 from s2train.errors import ConfigError
-from s2train.files import check_writable, replacing, write_json
+from s2train.files import check_writable, reading, replacing, write_json
 from s2train.needles.results import weights_fingerprint
 from s2train.semsa.frontier_points import DENSE, NAMES, Point
 from s2train.semsa.frontier_results import check_same_layouts, read_frontier
@@ -125,7 +125,7 @@ def begin(study: Study) -> None:
 
 def _check_same_study(study: Study) -> None:
     if study.results.is_file():
-        earlier, now = json.loads(study.results.read_text()), _about(study)
+        earlier, now = read_results(study.folder), _about(study)
         if others := [name for name in now if earlier.get(name) != now[name]]:
             problem = f"{study.results} holds runs with another {', '.join(others)}"
             raise ConfigError("output", study.folder, problem, "Set another folder.")
@@ -273,11 +273,17 @@ def _write_rows(study: Study, rows: list[dict[str, Any]]) -> None:
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """Read the finished runs; none if there is no file."""
+    """Read the finished runs; none if there is no file.
+
+    Raises:
+        ConfigError: the file holds something else.
+    """
     path = folder / RESULTS
     if not path.is_file():
         return {"rows": []}
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    with reading("output", path):
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        _ = [(row["file"], row["density"]) for row in content["rows"]]  # what the program uses
     return content
 
 

@@ -19,7 +19,7 @@ from s2train.comparison.stacks import Stack
 from s2train.costs.memory import GIB
 from s2train.environment.hardware import Hardware, detect_own
 from s2train.errors import ConfigError
-from s2train.files import write_json
+from s2train.files import reading, write_json
 from s2train.kernels.workers import run_tasks, serve
 from s2train.planning import Plan, check, compose_run, hybrid_layout, preview
 from s2train.validation.libraries import import_libraries
@@ -224,10 +224,13 @@ def measure_all(
             nothing was measured.
     """
     path = output.with_name(output.name + ".json")
-    before = json.loads(path.read_text()) if path.is_file() else {"rows": []}
+    before: dict[str, Any] = {}
+    rows: list[Row] = []
     if path.is_file():
-        _check_same_request(before, request, made_by, path)
-    rows = [Row(**row) for row in before["rows"]]
+        with reading("output", path):
+            before = json.loads(path.read_text())
+            _check_same_request(before, request, made_by, path)
+            rows = [Row(**row) for row in before["rows"]]
     earlier = [*before.get("earlier_commands", []), *([before["command"]] if "command" in before else [])]
     hardware = detect_own()
     # all lengths first, so that one that can't fit is rejected before anything is measured

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from s2train.distributed.agreement import over_ranks
-from s2train.files import write_json
+from s2train.files import reading, write_json
 
 Result = dict[str, Any]
 
@@ -27,9 +27,14 @@ class Recorded:
         self.read()
 
     def read(self) -> None:
-        """Read the file again, after another process has written it."""
+        """Read the file again, after another process has written it.
+
+        Raises:
+            ConfigError: it holds something else.
+        """
         if self.path.is_file():
-            self._results = json.loads(self.path.read_text())
+            with reading("OUTPUT", self.path):
+                self._results = dict(json.loads(self.path.read_text()))
 
     def get(self, name: str) -> Result | None:
         """Return a result; None if the job has not finished."""

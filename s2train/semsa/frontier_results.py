@@ -27,11 +27,13 @@ def read_frontier(path: Path, setting: str) -> dict[str, Any]:
     remedy = "Name a .json file that launch/layout_frontier.py wrote."
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise TypeError("no JSON object")
         if missing := {"weights", "settings", "seq_length", "rows", "finished"}.difference(content):
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     except FileNotFoundError as error:
         raise ConfigError(setting, path, "there is no such file", remedy) from error
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise ConfigError(setting, path, f"is no frontier ({error})", remedy) from error
     return content
 

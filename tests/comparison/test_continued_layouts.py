@@ -9,7 +9,7 @@ import pytest
 
 from s2train.checkpoints.folders import Progress, find_checkpoint
 from s2train.comparison import continued_layouts as continued
-from s2train.comparison.continued_layouts import Continuation, Study, continuations
+from s2train.comparison.continued_layouts import RESULTS, Continuation, Study, continuations, read_results
 from s2train.config import PretrainConfig
 from s2train.errors import ConfigError
 from s2train.needles.results import weights_fingerprint
@@ -64,6 +64,13 @@ def test_the_runs_are_dense_and_the_layouts_at_the_densities_asked_for(study: St
     ]
     every = names(continuations(study, None, ["squared", "random"], draws=2))
     assert every == ["dense", "squared-0.25", "random-0.25-0", "random-0.25-1", "squared-0.5"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"rows": [{}]}'])
+def test_results_of_something_else_are_rejected(tmp_path: Path, content: str) -> None:
+    (tmp_path / RESULTS).write_text(content)
+    with pytest.raises(ConfigError, match=r"^output=.*\.json: holds no results of this program"):
+        read_results(tmp_path)
 
 
 @pytest.mark.parametrize(

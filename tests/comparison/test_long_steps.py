@@ -85,6 +85,14 @@ def test_results_of_another_device_are_rejected(measured: Path) -> None:
         measure_all(REQUEST, [DENSE], measured, [], {**MADE_BY, "device": "another"}, print)
 
 
+@pytest.mark.parametrize("content", ["", "[]"])
+def test_a_file_of_something_else_is_rejected(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "long.json"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=rf"^output={path}: holds no results of this program \(.*Name another file"):
+        measure_all(REQUEST, [DENSE], tmp_path / "long", [], MADE_BY, print)
+
+
 def test_further_stacks_get_the_layers_of_those_measured_at_a_length(
     measured: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

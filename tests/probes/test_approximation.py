@@ -87,6 +87,14 @@ def test_cells_of_another_question_are_not_mixed(tmp_path: Path) -> None:
     assert asdict(cells[0])["loss"] == 2.0
 
 
+def test_a_file_without_cells_is_rejected(tmp_path: Path) -> None:
+    (tmp_path / "grid.json").write_text('{"length": 256}')
+    with pytest.raises(
+        ConfigError, match=r"^--output=.*grid.json: holds no results of this program \(KeyError: 'cells'"
+    ):
+        read_cells(tmp_path / "grid.json", {"length": 256})
+
+
 def test_a_file_of_another_question_is_rejected_before_a_model_is_built(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -174,3 +174,10 @@ def test_runs_named_by_their_exchange_keep_it(tmp_path: Path) -> None:
     runner.run(jobs)
     last = {name: [word for word in settings if "cp_exchange" in word][-1] for name, _, settings in ranks.started}
     assert last == {"blocks": "parallel.cp_exchange=auto", "gather": "parallel.cp_exchange=gather"}
+
+
+@pytest.mark.parametrize("content", ["", "3"])
+def test_a_damaged_file_of_finished_jobs_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "jobs.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"^OUTPUT=.*jobs\.json: holds no results of this program"):
+        Recorded(tmp_path / "jobs.json")

@@ -171,3 +171,10 @@ def test_what_does_not_belong_together_is_rejected(tmp_path: Path) -> None:
     time_layouts(timed_elsewhere, [timed("layout", file, 3.0) | {"density": 0.4}], [])
     with pytest.raises(ConfigError, match=rf"times\.json: it has results of another {file}: density 0\.4000, not 0\."):
         report(tmp_path / "out", [timed_elsewhere])
+
+
+@pytest.mark.parametrize("content", ["", "3", "[]", "{}"])
+def test_a_file_that_is_no_frontier_is_rejected(tmp_path: Path, content: str) -> None:
+    (tmp_path / "frontier.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"^frontier=.*frontier\.json: is no frontier \(.*layout_frontier\.py wrote"):
+        read_frontier(tmp_path / "frontier.json", "frontier")

@@ -22,7 +22,7 @@ from s2train.attention.kind import KindContext, LayerLayout
 from s2train.attention.registry import read_kind
 from s2train.config import PretrainConfig
 from s2train.errors import ConfigError
-from s2train.files import write_json
+from s2train.files import reading, write_json
 from s2train.layouts.patterns import LayerContext
 from s2train.megatron.replaced_attention import replaced_attention
 
@@ -164,15 +164,16 @@ def read_cells(path: Path, asked: dict[str, Any]) -> list[Cell]:
     """Read the cells of an earlier run.
 
     Raises:
-        ConfigError: the file holds those of another question.
+        ConfigError: the file holds those of another question, or other content.
     """
     if not path.is_file():
         return []
-    found = json.loads(path.read_text())
-    if different := [name for name, value in asked.items() if found.get(name) != value]:
-        problem = f"it was measured with another {' and '.join(different)}"
-        raise ConfigError("--output", path, problem, "Name another file")
-    return [Cell(**{key: row[key] for key in ("last", "samples", "draw", "loss")}) for row in found["cells"]]
+    with reading("--output", path):
+        found = json.loads(path.read_text())
+        if different := [name for name, value in asked.items() if found.get(name) != value]:
+            problem = f"it was measured with another {' and '.join(different)}"
+            raise ConfigError("--output", path, problem, "Name another file")
+        return [Cell(**{key: row[key] for key in ("last", "samples", "draw", "loss")}) for row in found["cells"]]
 
 
 def write_cells(path: Path, asked: dict[str, Any], cells: Sequence[Cell], more: dict[str, Any]) -> None:
