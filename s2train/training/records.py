@@ -46,22 +46,35 @@ def read_records(metrics: Path) -> list[dict[str, Any]]:
     Leaves out records of steps that a resumed run repeated.
 
     Raises:
-        ConfigError: no such file.
+        ConfigError: no such file, or a line has a step or a loss that is no number.
     """
     if not metrics.is_file():
         raise ConfigError("metrics", metrics, "no such file", "Name the metrics.jsonl of a run folder")
     records: list[dict[str, Any]] = []
-    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+    for number, line in enumerate(metrics.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         try:
             record = json.loads(line)
         except ValueError:
             continue  # truncated because the run was killed
         if not isinstance(record, dict):
             continue
+        if not _is_record(record):
+            problem = f"line {number} has a step or a loss that is no number"
+            raise ConfigError("metrics", metrics, problem, "Remove that line, or name another run")
         if record.get("event") == "resume":
             records = [r for r in records if "event" in r or r.get("step", 0) <= record["step"]]
         records.append(record)
     return records
+
+
+def _is_record(record: dict[str, Any]) -> bool:
+    """Return whether a record's step and losses are numbers.
+
+    A loss that was not finite is None. Reports and resumes have a step.
+    """
+    losses = [record[name] for name in ("loss", "held_out_loss") if name in record]
+    has_step = type(record.get("step")) is int or not ("step" in record or losses or record.get("event") == "resume")
+    return has_step and all(loss is None or type(loss) in (int, float) for loss in losses)
 
 
 def last_evaluation(records: list[dict[str, Any]]) -> dict[str, Any] | None:
