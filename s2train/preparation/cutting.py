@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from typing import TextIO
 
+_MOST_CHARS = 1 << 26  # read at once: Python allocates what is asked for, however short the file
 _BLANK_LINE = re.compile(r"\n[ \t]*\n\s*(?<=\n)")
 
 
@@ -15,7 +16,7 @@ def split_documents(file: TextIO, document_chars: int) -> Iterator[str]:
     at the upper limit.
     """
     buffer = ""
-    while chunk := file.read(max(1 << 20, document_chars)):
+    while chunk := file.read(min(max(1 << 20, document_chars), _MOST_CHARS)):
         buffer += chunk
         start = 0
         while len(buffer) - start >= 3 * document_chars:

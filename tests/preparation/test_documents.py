@@ -1,5 +1,6 @@
 import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,9 @@ def test_a_program_without_formats_is_advised_to_set_none(tmp_path: Path) -> Non
     path.write_text("not json\n")
     with pytest.raises(ConfigError, match=r"^text=a: line 1 is not .*Repair that line$"):
         documents_of("text", "a", path, "text")
+
+
+def test_documents_longer_than_memory_leave_a_short_text_whole(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("a line\n\n" * 10)
+    with (tmp_path / "text.txt").open() as file:
+        assert list(split_documents(file, sys.maxsize)) == ["a line\n\n" * 10]
