@@ -1,6 +1,7 @@
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,6 @@ def test_a_program_without_formats_is_advised_to_set_none(tmp_path: Path) -> Non
 
 
 def test_documents_longer_than_memory_leave_a_short_text_whole(tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text("a line\n\n" * 10)
-    with (tmp_path / "text.txt").open() as file:
-        assert list(split_documents(file, sys.maxsize)) == ["a line\n\n" * 10]
+    (tmp_path / "text.txt").write_text("a line. " * 1000)
+    source = replace(Source.of(tmp_path / "text.txt"), document_chars=sys.maxsize)
+    assert list(read_documents(source)) == ["a line. " * 1000]
