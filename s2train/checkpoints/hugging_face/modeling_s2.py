@@ -82,14 +82,14 @@ class S2Config(PretrainedConfig):
         dense = [[0] * num_attention_heads] * num_hidden_layers
         if layout is None and "S2ForCausalLM" not in (other.get("architectures") or []):
             layout = {"block_size": 64, "patterns": [{"kind": "dense"}], "layers": dense}
-        self.layout = layout
+        self.layout: Any = layout  # checked when a model is made
         if PretrainedConfig is object:
             self.name_or_path = other.get("name_or_path", "")
         else:
             super().__init__(tie_word_embeddings=tie_word_embeddings, **other)
 
 
-_KINDS = {  # of patterns, and their entries
+_KINDS: dict[str, tuple[str, ...]] = {  # of patterns, and their entries
     "dense": (),
     "local_vertical": ("local", "stride", "offset", "sinks"),
     "sliding_window": ("window", "sinks"),
@@ -112,7 +112,8 @@ def check_layout(layout: Any, layers: int | None, heads: int) -> None:
     _require(_is_count(size, 1), "layout.block_size", size, "a number of tokens")
     _require(isinstance(patterns, list), "layout.patterns", patterns, "a list")
     for number, pattern in enumerate(patterns):
-        name, kind = f"layout.patterns[{number}]", pattern.get("kind") if isinstance(pattern, dict) else None
+        name = f"layout.patterns[{number}]"
+        kind: Any = pattern.get("kind") if isinstance(pattern, dict) else None
         _require(isinstance(kind, str) and kind in _KINDS, f"{name}.kind", kind, f"one of {', '.join(_KINDS)}")
         if wrong := set(pattern) ^ {"kind", *_KINDS[kind]}:
             raise ValueError(f"{name} {'has' if min(wrong) in pattern else 'lacks'} {min(wrong)}, as no {kind} pattern")

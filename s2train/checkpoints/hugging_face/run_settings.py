@@ -54,7 +54,8 @@ def read_settings(saved: Any, weights: Path, output: Path) -> tuple[LayoutConfig
         ConfigError: on `weights`: an entry is damaged, or this version doesn't have the settings.
     """
     given = saved if isinstance(saved, Mapping) else {}
-    layout, schedule = (given.get(name) for name in ("layout", "schedule"))
+    layout: Any = given.get("layout")
+    schedule = given.get("schedule")
     for name, found in (("", saved), (".layout", layout), (".schedule", schedule)):
         if not isinstance(found, Mapping):
             raise damaged(weights, name, found, "not settings by name")
