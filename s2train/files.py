@@ -57,8 +57,13 @@ def write_json(path: Path, content: object) -> None:
 
 
 @contextmanager
-def reading(setting: str, path: Path) -> Iterator[None]:
-    """Name a file of earlier results that can't be read.
+def reading(
+    setting: str,
+    path: Path,
+    problem: str = "holds no results of this program",
+    remedy: str = "Name another file, or move this one away",
+) -> Iterator[None]:
+    """Name a file that can't be read, with the cause.
 
     Raises:
         ConfigError: the statements inside found something else in it.
@@ -68,8 +73,7 @@ def reading(setting: str, path: Path) -> Iterator[None]:
     except ConfigError:
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        problem = f"holds no results of this program ({first_line(error)})"
-        raise ConfigError(setting, path, problem, "Name another file, or move this one away") from error
+        raise ConfigError(setting, path, f"{problem} ({first_line(error)})", remedy) from error
 
 
 def sync(path: Path) -> None:

@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table
 
 from s2train.errors import ConfigError
+from s2train.files import reading
 from s2train.pictures.png import write_png
 from s2train.pictures.style import GREY, Sheet, plain
 from s2train.semsa.frontier_points import DENSE, NAMES
@@ -25,16 +26,14 @@ def read_frontier(path: Path, setting: str) -> dict[str, Any]:
         ConfigError: on `setting`; there is no such file, or it is none of these.
     """
     remedy = "Name a .json file that launch/layout_frontier.py wrote."
-    try:
+    if not path.exists():
+        raise ConfigError(setting, path, "there is no such file", remedy)
+    with reading(setting, path, "is no frontier", remedy):
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise TypeError("no JSON object")
         if missing := {"weights", "settings", "seq_length", "rows", "finished"}.difference(content):
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-    except FileNotFoundError as error:
-        raise ConfigError(setting, path, "there is no such file", remedy) from error
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(setting, path, f"is no frontier ({error})", remedy) from error
     return content
 
 

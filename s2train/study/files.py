@@ -1,8 +1,7 @@
 """Names a quality study's files, and checks that they belong together."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from s2train.checkpoints.listing import checkpoints_of
 from s2train.command_line.commands import python_command
 from s2train.data.indexed import read_metadata
 from s2train.errors import ConfigError
+from s2train.files import reading
 from s2train.preparation.source_tree import DESCRIPTION, HELD_OUT, TRAIN
 from s2train.study.variants import Run
 
@@ -95,17 +95,9 @@ class Folders:
         return self.results / f"{run.name}-needles.json"
 
 
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Name a result file that can't be read.
-
-    Raises:
-        ConfigError: the statements inside found something else in it.
-    """
-    try:
-        yield
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ConfigError("root", path, f"is no result of this study ({error})", "Move the file away") from error
+def naming(path: Path) -> AbstractContextManager[None]:
+    """Name a result file that can't be read, by `reading`."""
+    return reading("root", path, "is no result of this study", "Move the file away")
 
 
 def check_corpus(folders: Folders) -> None:
@@ -169,12 +161,10 @@ def read_description(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file is damaged.
     """
-    try:
+    remedy = f"Copy it back, or delete {path.parent} and run `data` again"
+    with reading("root", path, "describes no corpus", remedy):
         content: dict[str, Any] = json.loads(path.read_text())
         return content | {"settings": dict(content.get("settings", {}))}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        remedy = f"Copy it back, or delete {path.parent} and run `data` again"
-        raise ConfigError("root", path, f"describes no corpus ({error})", remedy) from error
 
 
 def read_texts(folders: Folders) -> dict[str, str] | None:
