@@ -191,14 +191,12 @@ def keeps(pattern: dict, query: Tensor, key: Tensor) -> Tensor:
             column = ((key - pattern["offset"]) % stride == 0) | (key < pattern["sinks"])
             kept = kept | ((distance >= start) & (column if limit is None else column & (distance < limit)))
             start = limit
-    elif kind == "mask":  # a row is packed into bytes, key block j in bit j % 8 of byte j // 8
+    else:  # mask: a row is packed into bytes, key block j in bit j % 8 of byte j // 8
         size = pattern["num_blocks"]
         if int(query.max()) >= size:
             raise ValueError(f"the layout's masks end at {size} blocks: shorten the sequence")
         bits = torch.frombuffer(bytearray(base64.b64decode(pattern["bits"])), dtype=torch.uint8).view(size, -1)
         kept = (bits.to(key.device)[query, key >> 3] >> (key & 7).to(torch.uint8)) & 1 == 1
-    else:
-        raise ValueError(f"unknown kind of pattern: {kind}")
     return kept & (distance >= 0)
 
 
