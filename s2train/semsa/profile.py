@@ -105,9 +105,8 @@ def load_profile(path: str | Path, setting: str = "profile") -> Profile:
     except FileNotFoundError as error:
         raise ConfigError(setting, path, "there is no such file", remedy) from error
     except UNREADABLE_ARRAYS as error:
-        why = (
-            "" if "allow_pickle" in str(error) else f" ({message_line(error)})"
-        )  # numpy's advice for files that are no arrays
+        is_advice = "allow_pickle" in str(error)  # numpy's, for files that are no arrays
+        why = "" if is_advice else f" ({message_line(error)})"
         raise ConfigError(setting, path, f"is no profile{why}", remedy) from error
 
 

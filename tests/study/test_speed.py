@@ -21,6 +21,14 @@ def folders(tmp_path: Path) -> Folders:
     return Folders(tmp_path, Path("launch"))
 
 
+def take_steps(folders: Folders, run: Run, gpus: int) -> None:
+    """Write what a run's first steps leave behind."""
+    folder = folders.root / "speed" / speed.key(run, gpus)
+    folder.mkdir(parents=True)
+    report = {"loss": 3.0, "step_time_s": 0.5, "tokens_per_s": 500_000, "model_tflops": 1.0, "memory_gib": 40.0}
+    (folder / "metrics.jsonl").write_text(json.dumps(report | {"step": 30, "consumed_tokens": 7}) + "\n")
+
+
 @pytest.mark.parametrize("run", [Run("hybrid"), Run("window", "32k"), Run("window", "64k")], ids=lambda run: run.name)
 def test_first_steps_have_the_runs_shape_and_save_nothing(run: Run, folders: Folders) -> None:
     cfg, whole = (
@@ -43,10 +51,7 @@ def test_first_steps_are_those_after_a_scorers_warm_up(folders: Folders) -> None
 
 def test_the_plan_shows_measured_seconds_beside_predicted_ones(folders: Folders) -> None:
     run = Run("hybrid", seed=2)
-    folder = folders.root / "speed" / speed.key(run, 2)
-    folder.mkdir(parents=True)
-    report = {"loss": 3.0, "step_time_s": 0.5, "tokens_per_s": 500_000, "model_tflops": 1.0, "memory_gib": 40.0}
-    (folder / "metrics.jsonl").write_text(json.dumps(report | {"step": 30, "consumed_tokens": 7}) + "\n")
+    take_steps(folders, run, 2)
     speed.record(folders, run, 2)
     assert speed.read(folders).keys() == {"hybrid-16k-gpus2"}
     columns = plan_table(folders, RECIPE, 2, "h100-80gb", [Run("hybrid"), Run("dense")]).columns
@@ -58,10 +63,7 @@ def test_measurements_keep_the_environment_they_were_made_in(folders: Folders) -
     earlier = {"device": "NVIDIA H100", "date": "2026-11-22"}
     row = {"gpus": 1, "tokens_per_s": 5e5, "peak_memory_gib": 9.5, "mfu": None}
     folders.speed.write_text(json.dumps({"rows": {"dense-16k-gpus1": row}, "environment": earlier}))
-    folder = folders.root / "speed" / "hybrid-16k-gpus1"
-    folder.mkdir(parents=True)
-    report = {"loss": 3.0, "step_time_s": 0.5, "tokens_per_s": 500_000, "model_tflops": 1.0, "memory_gib": 40.0}
-    (folder / "metrics.jsonl").write_text(json.dumps(report | {"step": 30, "consumed_tokens": 7}) + "\n")
+    take_steps(folders, Run("hybrid"), 1)
     speed.record(folders, Run("hybrid"), 1)
     rows = speed.read(folders)
     assert rows["dense-16k-gpus1"]["environment"] == earlier
